@@ -1,0 +1,1 @@
+"""The PyTorch side of gradwise; import it as `gradwise.torch`."""
