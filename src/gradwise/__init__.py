@@ -1,5 +1,12 @@
-"""Better gradients for models people already have."""
+"""Better gradients for models people already have.
+
+Gradient matching (`gradient_matching_loss`, `DerivativeScaler`): input derivatives as training targets, also known as
+Sobolev training. Population gradient (`Population`): the mean gradient over perturbed copies of the weights. This
+package holds the mathematics and imports no framework; `gradwise.torch` plugs it into training loops.
+"""
+
+from gradwise._population import Population
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["Population", "__version__"]

@@ -1,0 +1,64 @@
+"""Positions of the user's random streams, so that members which share a batch share its dropout masks."""
+
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["RandomStreams", "start_streams_from"]
+
+
+class RandomStreams:
+    """Where torch's, Python's and numpy's global random streams stood when this was made.
+
+    Parameters
+    ----------
+    devices : iterable of torch.device
+        Devices whose default generators matter, next to the CPU's.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams: list[tuple[Callable[[Any], object], Any]] = [
+            (torch.set_rng_state, torch.get_rng_state()),
+            (random.setstate, random.getstate()),
+            # The legacy stream is the one that model code uses (SpecAugment masks, for example).
+            (np.random.set_state, np.random.get_state()),  # noqa: NPY002
+        ]
+        for device in sorted({str(device) for device in devices if device.type not in ("cpu", "meta")}):
+            module = getattr(torch, device.partition(":")[0])  # torch.cuda, torch.xpu, torch.mps
+            setter = module.set_rng_state if device == "mps" else partial(module.set_rng_state, device=device)
+            state = module.get_rng_state() if device == "mps" else module.get_rng_state(device)
+            self._streams.append((setter, state))
+
+    def rewind(self) -> None:
+        """Put the streams back to where they stood."""
+        for setter, state in self._streams:
+            setter(state)
+
+    def keep_moved(self, later: "RandomStreams") -> None:
+        """Forget the streams that stand in `later` where they stand here: numpy's costs 80 us to rewind."""
+        self._streams = [
+            (setter, state)
+            for (setter, state), (_, now) in zip(self._streams, later._streams, strict=True)
+            if not _equal(state, now)
+        ]
+
+
+def start_streams_from(seed: int) -> None:
+    """Start all streams afresh from `seed`, for masks that differ between members."""
+    torch.manual_seed(seed)  # all devices
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, tuple) and a and isinstance(a[0], str):  # numpy's ("MT19937", keys, position, ...)
+        return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -1,0 +1,238 @@
+"""What a member of the population is: its noise, its scale, and the keys that make both reproducible."""
+
+import hashlib
+import math
+import numbers
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Population"]
+
+SCALES = ("rms", "filter", "absolute")
+NOISES = ("gaussian", "rademacher")
+_WORD = 1 << 64
+
+
+@dataclass(frozen=True)
+class Population:
+    r"""Perturbed copies of the weights: how many, how far apart, and drawn from which random streams.
+
+    "Population" as in evolution strategies, not as in "population risk": member :math:`i` of a tensor of mean
+    weights :math:`\theta` is
+
+    .. math:: \theta_i = \theta + \sigma \, s(\theta) \, \pm\varepsilon_i
+
+    with unit noise :math:`\varepsilon` and the scale :math:`s` named by `scale`. The mean of the members' gradients
+    estimates the gradient of the loss smoothed over that neighbourhood. The scale is held constant when gradients
+    are taken: :math:`\partial s / \partial\theta` is left out, on purpose (see ``benchmarks/relative_noise.py``).
+
+    The idea is that of Sakai, Kormilitzin, Liu and Nevado-Holgado (arXiv 2010.12260), of which only the abstract
+    was available: no default below is taken from the paper.
+
+    Parameters
+    ----------
+    size : int
+        Members per step. Even when `antithetic`.
+    sigma : float or callable of int
+        Size of the noise, in units of `scale` (relative for ``"rms"`` and ``"filter"``, weight units for
+        ``"absolute"``); a callable receives the step and returns the size for that step.
+    scale : {"rms", "filter", "absolute"}
+        Standard deviation of the perturbation of a tensor, divided by sigma: the root mean square of the tensor, of
+        each of its output filters, or 1. A tensor of zeros is not perturbed by the first two.
+    noise : {"gaussian", "rademacher"}
+        Distribution of the unit noise: standard normal, or -1 and +1 with equal probability.
+    antithetic : bool
+        Members come in pairs with opposite noise, where members share a batch: the odd-order terms of the noise cancel.
+    seed : int
+        The first word of every key, from 0 to 2**64 - 1.
+
+    Raises
+    ------
+    ValueError
+        A value is out of its range, or `size` is odd while `antithetic`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gradwise import Population
+    >>> population = Population(size=4, sigma=0.5)
+    >>> weights = np.array([[3.0, -4.0]])
+    >>> float(population.scale_of(weights, step=0, xp=np))  # 0.5 * sqrt((9 + 16) / 2)
+    1.7677669529663689
+    >>> up, down = (population.unit_noise((2,), member=i, step=0, tensor=0) for i in (0, 1))
+    >>> bool(np.all(up == -down))
+    True
+    """
+
+    size: int = 8
+    sigma: float | Callable[[int], float] = 0.1
+    scale: Literal["rms", "filter", "absolute"] = "rms"
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    antithetic: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, numbers.Integral) or self.size < 1:
+            msg = f"`population_size` (`Population.size`) must be a positive integer; got {self.size!r}"
+            raise ValueError(msg)
+        if self.antithetic and self.size % 2:
+            msg = (
+                "`population_size` (`Population.size`) must be even when `antithetic` is true (members come in "
+                f"pairs); got {self.size}. Use an even size or pass antithetic=False"
+            )
+            raise ValueError(msg)
+        if self.scale not in SCALES:
+            msg = f"`scale` must be one of {SCALES}; got {self.scale!r}"
+            raise ValueError(msg)
+        if self.noise not in NOISES:
+            msg = f"`noise` must be one of {NOISES}; got {self.noise!r}"
+            raise ValueError(msg)
+        _check_word("seed", self.seed)
+        if not callable(self.sigma):
+            check_sigma(self.sigma)
+
+    def sigma_at(self, step: int) -> float:
+        """Size of the noise at `step`, in units of `scale`: `sigma`, or what the schedule returns."""
+        return check_sigma(self.sigma(step) if callable(self.sigma) else self.sigma)
+
+    def scale_of(
+        self, weights: Any, *, step: int = 0, sigma: float | None = None, filter_axis: int = 0, xp: ModuleType
+    ) -> Any:
+        """Standard deviation of the perturbation of one tensor: ``sigma * s(weights)``.
+
+        Parameters
+        ----------
+        weights : array of any shape
+            Mean weights. In half precision, hand over a float32 copy: squares overflow.
+        step : int
+            What a `sigma` schedule is evaluated at.
+        sigma : float, optional
+            Takes the place of the population's own `sigma`.
+        filter_axis : int
+            Axis of the output filters, for ``scale="filter"``: 0 in torch, -1 in Keras.
+        xp : module
+            Array namespace of `weights`.
+
+        Returns
+        -------
+        float or array that broadcasts to the shape of `weights`
+            In the units of the weights.
+        """
+        size = self.sigma_at(step) if sigma is None else check_sigma(sigma)
+        if self.scale == "absolute":
+            return size
+        ndim = len(weights.shape)
+        if self.scale == "rms" or ndim == 0:
+            return size * xp.sqrt(xp.mean(xp.square(weights)))
+        axes = tuple(axis for axis in range(ndim) if axis != filter_axis % ndim)
+        if not axes:  # one weight per filter; an empty tuple of axes means "all of them" to torch
+            return size * xp.abs(weights)
+        return size * xp.sqrt(xp.mean(xp.square(weights), axis=axes, keepdims=True))
+
+    def stream_of(self, member: int, *, paired: bool = True) -> tuple[int, int]:
+        """Noise stream of a member and the sign it is used with.
+
+        Parameters
+        ----------
+        member : int
+            Index of the member.
+        paired : bool
+            Whether the members share a batch. Where they do not, an antithetic partner would cancel nothing, and
+            every member is an independent draw.
+
+        Returns
+        -------
+        tuple of int
+            The stream and +1 or -1.
+        """
+        if self.antithetic and paired:
+            return member // 2, 1 - 2 * (member % 2)
+        return member, 1
+
+    def unit_noise(
+        self,
+        shape: tuple[int, ...],
+        *,
+        step: int,
+        member: int,
+        tensor: int,
+        rank: int = 0,
+        paired: bool = True,
+        dtype: npt.DTypeLike = np.float64,
+    ) -> npt.NDArray[np.floating[Any]]:
+        """Unit noise of one tensor of one member.
+
+        The same key always gives the same noise, on every machine; different keys read disjoint parts of Philox's
+        counter space (Salmon et al., 2011), so that two streams never overlap. No global random state is touched.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of the tensor.
+        step, member, tensor, rank : int
+            The key, together with `seed`. `tensor` is the tensor's index, `rank` that of the process.
+        paired : bool
+            See `stream_of`.
+        dtype : numpy dtype
+            float32 or float64.
+
+        Returns
+        -------
+        ndarray of shape `shape`
+            Mean 0, standard deviation 1, no unit.
+        """
+        stream, sign = self.stream_of(member, paired=paired)
+        generator = np.random.Generator(self._philox(step=step, stream=stream, tensor=tensor, rank=rank))
+        if self.noise == "rademacher":
+            bits = generator.integers(0, 2, size=shape, dtype=np.int8)
+            return (sign * (2 * bits - 1)).astype(dtype)
+        if np.dtype(dtype) == np.float32:
+            values: Any = generator.standard_normal(size=shape, dtype=np.float32)
+        else:
+            values = generator.standard_normal(size=shape).astype(dtype, copy=False)
+        return values if sign > 0 else np.negative(values)
+
+    def device_seed(self, *, step: int, stream: int, tensor: int, rank: int = 0) -> int:
+        """Digest of a key for generators that take one integer below 2**63, such as those of accelerators.
+
+        Five words do not fit into one, so uniqueness is that of a 63-bit hash: for n keys the chance of one clash is
+        about n**2 / 2**64.
+        """
+        words = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
+        digest = hashlib.blake2b(struct.pack("<5Q", *words), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def _philox(self, *, step: int, stream: int, tensor: int, rank: int) -> np.random.Philox:
+        seed, rank, step, stream, tensor = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
+        # The lowest word of the counter is the position within the stream: 2**64 blocks before the next stream starts.
+        counter = np.array([0, tensor, stream, step], dtype=np.uint64)
+        return np.random.Philox(counter=counter, key=np.array([seed, rank], dtype=np.uint64))
+
+    def _words(self, *, step: int, stream: int, tensor: int, rank: int) -> tuple[int, int, int, int, int]:
+        for name, value in (("step", step), ("member", stream), ("tensor", tensor), ("rank", rank)):
+            _check_word(name, value)
+        return self.seed, rank, step, stream, tensor
+
+
+def check_sigma(sigma: Any) -> float:
+    """Return `sigma` as a float, or raise if it is not a finite, non-negative number."""
+    if isinstance(sigma, bool) or not isinstance(sigma, numbers.Real):
+        msg = f"`sigma` must be a number, or a callable that returns one; got {sigma!r}"
+        raise TypeError(msg)
+    value = float(sigma)
+    if not math.isfinite(value) or value < 0:
+        msg = f"`sigma` must be finite and not negative; got {value}. Use 0 for the plain gradient"
+        raise ValueError(msg)
+    return value
+
+
+def _check_word(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) < _WORD:
+        msg = f"`{name}` must be an integer from 0 to 2**64 - 1; got {value!r}"
+        raise ValueError(msg)

@@ -1,0 +1,99 @@
+"""How members combine, and what their disagreement says."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+__all__ = ["PopulationStatistics", "gradient_agreement", "running_mean", "sharpness"]
+
+ArrayT = TypeVar("ArrayT", bound=Any)
+
+
+@dataclass(frozen=True)
+class PopulationStatistics:
+    """What the members of one step said; NaN where the mode of training cannot know.
+
+    Attributes
+    ----------
+    loss_mean : float
+        Mean of the members' losses. Not the loss at the mean weights.
+    loss_spread : float
+        Standard deviation (divided by n) of the members' losses, in units of the loss.
+    agreement : float
+        ``|mean g|^2 / mean |g|^2`` over the members' gradients, from 1 / members (independent) to 1 (equal).
+    sharpness : float
+        ``E[z . g(w + z)] / 2`` over the members' perturbations z: how much the loss rises on average around the mean
+        weights. Exact for quadratics, where it is ``tr(H Cov z) / 2``; in units of the loss.
+    relative_sigma : float
+        ``|z| / |w|`` of the perturbed tensors as stored, after rounding to the dtype of the weights.
+    members : int
+        Members that entered the step.
+    skipped : int
+        Members dropped for a non-finite loss since the optimizer was made (or loaded).
+    """
+
+    loss_mean: float = math.nan
+    loss_spread: float = math.nan
+    agreement: float = math.nan
+    sharpness: float = math.nan
+    relative_sigma: float = math.nan
+    members: int = 0
+    skipped: int = 0
+
+
+def running_mean(mean: ArrayT, value: ArrayT, count: int) -> ArrayT:
+    """Mean of `count` values from the mean of the first ``count - 1`` and the last.
+
+    Computes ``mean + (value - mean) / count``: for equal values this is exact in floating point at every count, which
+    ``sum / count`` is not. That is what makes sigma=0 equal the plain optimizer bit for bit.
+
+    Parameters
+    ----------
+    mean, value : array or float of the same shape
+        Ignored and new value; `mean` does not matter when `count` is 1.
+    count : int
+        How many values the result is the mean of, from 1.
+
+    Returns
+    -------
+    array or float
+        In the units of `value`.
+
+    Examples
+    --------
+    >>> from gradwise._statistics import running_mean
+    >>> mean = 0.1
+    >>> for count in range(2, 8):
+    ...     mean = running_mean(mean, 0.1, count)
+    >>> mean == 0.1, sum([0.1] * 7) / 7 == 0.1
+    (True, False)
+    """
+    return value if count == 1 else mean + (value - mean) / count
+
+
+def gradient_agreement(mean_square_norm: float, square_norms: list[float]) -> float:
+    """``|mean g|^2 / mean |g|^2``, from the squared norm of the members' mean gradient and of each gradient.
+
+    1 when all gradients are equal (or all zero), about 1 / members when they are independent.
+    """
+    if not square_norms:
+        return math.nan
+    mean_of_squares = math.fsum(square_norms) / len(square_norms)
+    return mean_square_norm / mean_of_squares if mean_of_squares else 1.0
+
+
+def sharpness(projections: list[float]) -> float:
+    """Mean rise of the loss over the population, from the members' ``z . g(w + z)``.
+
+    For a quadratic loss with Hessian H and perturbations of mean zero, ``E[L(w + z)] - L(w) = E[z'Hz] / 2`` and
+    ``E[z . g(w + z)] = E[z'Hz]``; so half the mean of the projections, exact there whatever the loss at w.
+    """
+    return math.fsum(projections) / (2 * len(projections)) if projections else math.nan
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation, divided by n."""
+    if not values:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
