@@ -29,7 +29,7 @@ class Hook:
             return None if function is None else function(*args)
 
         # `module.compile()` compiles the hooks along with the forward; this one breaks the graph instead.
-        self._function = torch._disable_dynamo(untraced)
+        self._function = torch._disable_dynamo(untraced)  # type: ignore[reportPrivateImportUsage] - torch.compiler.disable imports dynamo
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
@@ -52,7 +52,7 @@ class MemberEvent:
         self._handles: list[Any] = []
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
-        self._clones: tuple[Any, dict[int, Tensor]] = (lambda: None, {})
+        self._clones: tuple[Callable[[], Any], dict[int, Tensor]] = (_nothing, {})
         self._held: _Graph | None = None
         self._calls: list[tuple[Any, ...]] | None = None
 
@@ -119,11 +119,13 @@ class MemberEvent:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args
+        if _in_backward():
+            return  # a recomputation: checkpointing ends it early with an exception of its own
         if output is None and sys.exc_info()[1] is not None:
             for optimizer in self._living():
                 if not optimizer.hooks_suspended:
                     optimizer.end_member()
-        elif torch.is_grad_enabled() and not _in_backward():
+        elif torch.is_grad_enabled():
             token = _Graph()
             self._graphs.add(token)
             nodes = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn]
@@ -154,7 +156,7 @@ class MemberEvent:
 
 
 def _starts_members() -> bool:
-    return torch.is_grad_enabled() and not _in_backward() and torch._C._functorch.peek_interpreter_stack() is None
+    return torch.is_grad_enabled() and not _in_backward() and torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[reportAttributeAccessIssue] - C extension
 
 
 def _in_backward() -> bool:
@@ -174,4 +176,8 @@ def _weak(state: dict[str, Any]) -> Callable[[], Any]:
     try:
         return weakref.ref(state)
     except TypeError:  # a plain dict given as `destination` has no weak references
-        return lambda: None
+        return _nothing
+
+
+def _nothing() -> None:
+    """A reference to nothing."""

@@ -139,6 +139,7 @@ class PopulationGradient(OptimizerWrapper):
         self._share_masks = share_masks
         self._weights = Weights()
         self._step = 0  # the second word of every noise key
+        self._in_loop = False  # whether the member in place is the unchanged loop's
         self._loop_member = 0  # members that the unchanged loop has started since the last step
         self._skipped = 0
         self._saw_member = self._warned_no_member = False
@@ -350,7 +351,7 @@ class PopulationGradient(OptimizerWrapper):
 
     def wants_member(self) -> bool:
         """Whether the next training-mode forward begins a member: there is none, or this one has its gradient."""
-        return not self._weights.in_place or self._gradient_arrived()
+        return not self._in_loop or self._gradient_arrived()
 
     def start_member(self) -> None:
         """Replace the member in place, if any, by the next one."""
@@ -360,6 +361,7 @@ class PopulationGradient(OptimizerWrapper):
         entries = self._entries()
         self._gradients = _marks(self._parameters())
         self._enter(entries, member=self._loop_member, paired=False)
+        self._in_loop = True
         self._loop_member += 1
         self._saw_member = True
         self._record.members += 1
@@ -367,7 +369,8 @@ class PopulationGradient(OptimizerWrapper):
 
     def end_member(self) -> None:
         """Bring the mean back if the unchanged loop has a member in place."""
-        if not self._by_hand:
+        if self._in_loop:
+            self._in_loop = False
             self._weights.leave()
 
     def mean_of(self, parameter: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradwise._population import Population
+from gradwise._population import Population, check_sigma
 from gradwise_torch._noise import unit_noise
 
 __all__ = ["Entry", "Weights"]
@@ -148,5 +148,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _group_sigma(group: dict[str, Any], step: int) -> float | None:
-    sigma: Any = group.get("sigma")
-    return sigma(step) if callable(sigma) else sigma
+    sigma = group.get("sigma")
+    if callable(sigma):
+        return check_sigma(sigma(step))
+    return None if sigma is None else check_sigma(sigma)

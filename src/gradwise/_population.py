@@ -124,7 +124,7 @@ class Population:
         float or array that broadcasts to the shape of `weights`
             In the units of the weights.
         """
-        size = self.sigma_at(step) if sigma is None else check_sigma(sigma)
+        size = self.sigma_at(step) if sigma is None else sigma
         if self.scale == "absolute":
             return size
         ndim = len(weights.shape)
