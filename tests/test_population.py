@@ -78,9 +78,9 @@ def test_device_seed_fits_and_depends_on_every_word(key: dict[str, int]) -> None
 @given(pair=st.integers(0, 1000), noise=st.sampled_from(["gaussian", "rademacher"]))
 def test_antithetic_pairs_are_opposite(pair: int, noise: Any) -> None:
     population = Population(noise=noise)
-    up, down = (population.unit_noise((5,), step=3, member=2 * pair + side, tensor=1) for side in (0, 1))
+    up, down = (population.unit_noise((64,), step=3, member=2 * pair + side, tensor=1) for side in (0, 1))
     assert np.array_equal(up, -down)
-    alone = population.unit_noise((5,), step=3, member=2 * pair + 1, tensor=1, paired=False)
+    alone = population.unit_noise((64,), step=3, member=2 * pair + 1, tensor=1, paired=False)
     assert not np.array_equal(alone, down)
 
 

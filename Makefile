@@ -1,0 +1,48 @@
+# make demo | test | venv | lint | types | bench | clean      (each completes .venv by itself)
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test venv lint types unit bench clean
+
+help:
+	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
+	@echo "make test    lint, types and all tests"
+	@echo "make venv    .venv with every extra"
+	@echo "make bench   the published measurements (long)"
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+test: lint types unit
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: .venv/.test
+	$(BIN)/python -m pytest --numprocesses auto
+
+bench: .venv/.test
+	$(BIN)/python benchmarks/relative_noise.py
+
+venv: .venv/.test
+	$(INSTALL) ".[torch,keras,tensorflow,jax,lightning,transformers,plot,bench,test,docs]"
+
+# pip does nothing, quickly, where an earlier target has installed the same.
+.venv/.demo: pyproject.toml constraints.txt
+	@test -d .venv || $(PYTHON) -m venv .venv
+	$(INSTALL) ".[torch,plot]"
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt
+	@test -d .venv || $(PYTHON) -m venv .venv
+	$(INSTALL) ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv out dist .pytest_cache .ruff_cache .hypothesis
