@@ -1,9 +1,10 @@
-"""Which gradient for noise that is relative to the weights: is the scale a constant, or differentiated too?
+"""Noise relative to the weights: is the scale a constant of the gradient, or differentiated too?
 
-With perturbation ``z = sigma * rms(w) * e``, the derivative of ``L(w + z)`` with respect to w is either ``g`` (scale held
-constant) or ``g + w (g . z) / |w|^2`` (scale differentiated: a pull towards zero that grows with the curvature).
-Paired seeds, last epoch, test data used for nothing else, sigma = 0 as control; AdamW and SGD on small training sets of
-scikit-learn's digits. Run: ``python benchmarks/relative_noise.py [seeds]``; writes ``out/relative_noise.json``.
+With perturbation ``z = sigma * rms(w) * e``, the derivative of ``L(w + z)`` with respect to w is either ``g`` (scale
+held constant) or ``g + w (g . z) / |w|^2`` (scale differentiated: a pull towards zero that grows with the curvature).
+Paired seeds, last epoch, test data used for nothing else, sigma = 0 as control; small training sets of scikit-learn's
+digits; AdamW, SGD, and SGD with weight decay, which asks whether an ordinary pull towards zero does the same.
+Run: ``python benchmarks/relative_noise.py [seeds]``; writes ``out/relative_noise.json``. Results: benchmarks/README.md.
 """
 
 import json
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gradwise.torch import PopulationGradient
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,9 +21,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from gradwise.torch import PopulationGradient
+
 INNERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "sgd, weight decay": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3),
 }
 STEPS, MEMBERS = 300, 8
 
@@ -66,7 +69,9 @@ def run(inner: str, rows: int, sigma: float, differentiated: bool, seed: int) ->
 def main() -> None:
     seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
     cells = [(inner, rows, sigma) for inner in INNERS for rows in (100, 300) for sigma in (0.0, 0.1, 0.3)]
-    table = Table("inner", "rows", "sigma", "accuracy: constant", "differentiated", "log-loss: constant", "differentiated", "p")
+    table = Table(
+        "inner", "rows", "sigma", "accuracy: constant", "differentiated", "log-loss: constant", "differentiated", "p"
+    )
     results = []
     for inner, rows, sigma in track(cells, description="relative noise"):
         variants = (False,) if sigma == 0 else (False, True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradwise.torch import GradientMatching
 from scipy.stats import qmc
 from torch import Tensor, nn
+
+from gradwise.torch import GradientMatching
 
 Array = npt.NDArray[np.float64]
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from gradwise.torch import PopulationGradient
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+
+from gradwise.torch import PopulationGradient
 
 TRAINING_ROWS, BATCH, EPOCHS = 100, 20, 60
 

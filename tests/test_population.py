@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradwise import Population
-from gradwise._statistics import gradient_agreement, running_mean, sharpness, spread
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gradwise import Population
+from gradwise._statistics import gradient_agreement, running_mean, sharpness, spread
 
 words = st.integers(0, 2**64 - 1)
 keys = st.fixed_dictionaries({"rank": words, "step": words, "member": words, "tensor": words})
@@ -127,7 +128,9 @@ def test_scale_laws(factor: float, sigma: float) -> None:
         population = Population(sigma=sigma, scale=scale)  # type: ignore[arg-type]
         unit = Population(sigma=1.0, scale=scale)  # type: ignore[arg-type]
         np.testing.assert_allclose(
-            population.scale_of(factor * weights, xp=np), sigma * factor**power * unit.scale_of(weights, xp=np), rtol=1e-9
+            population.scale_of(factor * weights, xp=np),
+            sigma * factor**power * unit.scale_of(weights, xp=np),
+            rtol=1e-9,
         )
     assert Population(sigma=1.0).scale_of(np.zeros((2, 2)), xp=np) == 0
 
@@ -152,7 +155,7 @@ def test_sigma_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"size": 3}, ValueError, "`Population.size`.*even.*antithetic=False"),
+        ({"size": 3}, ValueError, r"`Population\.size`.*even.*antithetic=False"),
         ({"size": 0}, ValueError, "positive"),
         ({"size": True}, ValueError, "positive"),
         ({"sigma": -1}, ValueError, "`sigma`"),
@@ -230,7 +233,19 @@ def test_the_core_imports_no_framework() -> None:
     assert imported_frameworks("import gradwise, torch") == "torch"  # the check itself can fail
 
 
+WITHOUT_TORCH = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, Absent())
+import gradwise.torch
+"""
+
+
 def test_a_missing_torch_is_explained() -> None:
-    code = "import sys; sys.modules['torch'] = None\nimport gradwise.torch"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
     assert 'pip install "gradwise[torch]"' in done.stderr

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradwise import Population
-from gradwise.torch import PopulationGradient
 from torch import Tensor, nn
 from torch_cells import assert_same, batches, loss_of, make, snapshot
+
+from gradwise import Population
+from gradwise.torch import PopulationGradient
 
 X, Y = batches(1)[0]
 

@@ -1,12 +1,10 @@
-"""Training runs against hand-written loops: inner optimizers by models by ways in, bit for bit, with and without noise."""
+"""Training runs against hand-written loops, bit for bit: inner optimizers by models by ways in, by sigma."""
 
 import contextlib
 from typing import Any
 
 import pytest
 import torch
-from gradwise import Population
-from gradwise.torch import PopulationGradient
 from torch_cells import (
     INNERS,
     MODELS,
@@ -20,6 +18,9 @@ from torch_cells import (
     reference_loop_step,
     snapshot,
 )
+
+from gradwise import Population
+from gradwise.torch import PopulationGradient
 
 SIZE = 4
 
@@ -72,10 +73,8 @@ def test_closure_equals_members_by_hand(name: str, inner: str, sigma: float) -> 
 @pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_closure_with_sigma_zero_equals_the_inner_optimizer(name: str, inner: str) -> None:
-    if inner == "lbfgs" and name in ("dropout", "attention"):
-        frozen_masks = True  # several evaluations a step: ours see one mask, bare LBFGS a new one each time
-    else:
-        frozen_masks = False
+    # Several evaluations a step: ours see one mask, bare LBFGS a new one each time.
+    frozen_masks = inner == "lbfgs" and name in ("dropout", "attention")
     model, optimizer = wrapped(name, inner, 0.0)
     for batch in batches():
         optimizer.step(closure_for(model, optimizer, batch))
@@ -100,7 +99,9 @@ def test_closure_with_sigma_zero_equals_the_inner_optimizer(name: str, inner: st
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("sigma", [0.0, 0.2])
-@pytest.mark.parametrize("inner", [name for name in INNERS if name != "lbfgs"])  # LBFGS needs a closure, bare or wrapped
+@pytest.mark.parametrize(
+    "inner", [name for name in INNERS if name != "lbfgs"]
+)  # LBFGS needs a closure, bare or wrapped
 @pytest.mark.parametrize("name", MODELS)
 def test_unchanged_loop_equals_members_by_hand(name: str, inner: str, sigma: float, micro_batches: int) -> None:
     data = batches(6)

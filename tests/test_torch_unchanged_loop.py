@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from gradwise.torch import PopulationGradient
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_cells import batches, loss_of
+
+from gradwise.torch import PopulationGradient
 
 X, Y = batches(1)[0]
 
@@ -131,6 +132,20 @@ def test_forwards_before_one_backward_share_a_member() -> None:
     assert optimizer.statistics.members == 1
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_between_two_forwards_of_one_backward(set_to_none: bool) -> None:
+    model, optimizer, weight, _ = setup()
+    loss_of(model, (X, Y)).backward()
+    optimizer.step()  # leaves gradients for the zero_grad below
+    first = model(X)
+    member = weight.detach().clone()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    second = model(-X)
+    assert torch.equal(weight, member)
+    (first - second).square().mean().backward()
+    optimizer.step()
+
+
 def test_micro_batches_are_members_of_one_step() -> None:
     model, optimizer, weight, mean = setup()
     members = []
@@ -214,6 +229,17 @@ def test_whole_model_checkpointed_in_backward_starts_no_member() -> None:
     loss.backward()
     assert torch.equal(weight, member)
     optimizer.step()
+
+
+def test_reentrant_checkpoint_of_the_whole_model_trains_at_the_mean() -> None:
+    """Its forward runs without gradients and its recomputation inside the backward: neither may start a member."""
+    model, optimizer, weight, mean = setup()
+    loss = nn.functional.mse_loss(checkpoint(model, X.clone().requires_grad_(), use_reentrant=True), Y)
+    assert is_mean(weight, mean)
+    loss.backward()
+    assert is_mean(weight, mean)
+    with pytest.warns(UserWarning, match="saw no member"):
+        optimizer.step()
 
 
 def test_model_state_dict_is_the_mean_and_moves_nothing() -> None:
@@ -304,7 +330,8 @@ def test_several_optimizers_share_the_member_event() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     body, head = (
-        PopulationGradient(torch.optim.SGD(part.parameters(), lr=0.1), model, sigma=0.3) for part in (model[0], model[2])
+        PopulationGradient(torch.optim.SGD(part.parameters(), lr=0.1), model, sigma=0.3)
+        for part in (model[0], model[2])
     )
     assert body.population.seed != head.population.seed
     means = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
@@ -365,7 +392,9 @@ def test_copies_of_the_model_are_plain() -> None:
     for other in (average, copied):
         out = other.train()(X)
         assert is_mean(weight, mean)
-        assert torch.equal(out, nn.functional.linear(torch.tanh(X @ mean.T + model[0].bias), model[2].weight, model[2].bias))
+        assert torch.equal(
+            out, nn.functional.linear(torch.tanh(X @ mean.T + model[0].bias), model[2].weight, model[2].bias)
+        )
 
 
 def test_lazy_and_late_parameters_join() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gradwise import Population
 from torch import Tensor, nn
+
+from gradwise import Population
 
 Batch = tuple[Tensor, Tensor]
 
@@ -109,7 +110,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def perturb_by_hand(
-    parameters: list[Tensor], population: Population, *, step: int, member: int, paired: bool
+    parameters: list[Tensor], population: Population, *, step: int, member: int, paired: bool, rank: int = 0
 ) -> list[Tensor]:
     """Move the weights to a member, out of place and by the formula; return the mean."""
     mean = [p.detach().clone() for p in parameters]
@@ -118,7 +119,13 @@ def perturb_by_hand(
             continue
         wide = p.detach().float() if p.dtype == torch.bfloat16 else p.detach()
         noise = population.unit_noise(
-            tuple(p.shape), step=step, member=member, tensor=index, paired=paired, dtype=str(wide.dtype).split(".")[1]
+            tuple(p.shape),
+            step=step,
+            member=member,
+            tensor=index,
+            rank=rank,
+            paired=paired,
+            dtype=str(wide.dtype).split(".")[1],
         )
         sigma = population.sigma_at(step)
         with torch.no_grad():

@@ -386,6 +386,7 @@ class PopulationGradient(OptimizerWrapper):
         )
 
     def _entries(self) -> list[Entry]:
+        """The tensors to perturb, looked up again where parameters have joined, frozen or thawed."""
         entries = self._selection.entries(self.inner_optimizer)
         if self._event is not None and self.model is not None:
             self._event.watch(self.model, [entry.parameter for entry in entries])

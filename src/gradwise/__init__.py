@@ -5,8 +5,10 @@ Sobolev training. Population gradient (`Population`): the mean gradient over per
 package holds the mathematics and imports no framework; `gradwise.torch` plugs it into training loops.
 """
 
+from gradwise._matching import gradient_matching_loss
 from gradwise._population import Population
+from gradwise._scaling import DerivativeScaler
 
 __version__ = "0.1.0"
 
-__all__ = ["Population", "__version__"]
+__all__ = ["DerivativeScaler", "Population", "__version__", "gradient_matching_loss"]

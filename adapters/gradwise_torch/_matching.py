@@ -1,0 +1,473 @@
+"""Gradient matching for PyTorch: a loss term that makes a model's input derivatives match known ones."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from gradwise._matching import (
+    LOSSES,
+    REDUCTIONS,
+    check_choice,
+    check_non_negative,
+    known_weights,
+    matching_numerators,
+    reduce_terms,
+)
+from gradwise._matching_scale import SCALES
+from gradwise_torch._batch_coupling import warn_unseen
+from gradwise_torch._double_backward import outside_compilation, require_double_backward
+from gradwise_torch._linearize import Linearization, Model, count_outputs, linearize
+from gradwise_torch._matching_goals import Targets
+from gradwise_torch._matching_scales import MatchingScales, processes
+from gradwise_torch._projections import draw_outputs
+
+__all__ = ["GradientMatching"]
+
+_MANY_OUTPUTS = 10
+
+
+class _Call(NamedTuple):
+    """What one call of the loss does."""
+
+    weight: float
+    training: bool
+    number: int
+
+
+class GradientMatching(nn.Module):
+    """Loss term that makes a model's input derivatives match known ones (Sobolev training, Jacobian matching).
+
+    With standard deviations sigma_x of the inputs and sigma_y of the outputs, each output contributes
+    ``weight * sigma_y**2 * mean_i sum_j sigma_xj**2 (J_ij - T_ij)**2 / mean_i sum_j sigma_xj**2 T_ij**2`` and the loss
+    is the mean over outputs. It has the units of a mean squared error of y: at weight 1 a relative error of the
+    derivatives counts like a relative error of the values. Add it to the loss of the values, which alone fixes the
+    offset. Costs about one more backward pass for each output in every evaluated call.
+
+    Not for derivatives with respect to parameters (data-set condensation), and of little use for models whose
+    derivatives are piecewise constant (a ReLU network cannot move its kinks by this loss). Noise in the derivatives of
+    about half their size makes them worthless; use a smaller weight or "huber" before that.
+
+    Parameters
+    ----------
+    derivative_weight : float or callable, default 1.0
+        Weight of the term, without unit; a callable receives the number of training calls so far (a schedule). At 0
+        nothing is computed and no targets are needed.
+    scale : {"block", "per_input", "none"}, default "block"
+        "block" is the formula above: one denominator for an output. "per_input" divides every input's derivatives by
+        their own root mean square, floored at a tenth of the largest, so that all inputs count alike. "none" uses
+        raw derivatives, ``weight * mean_i sum_j (J_ij - T_ij)**2``.
+    projections : int, optional
+        Match this many outputs of each sample, drawn anew in every call without replacement, instead of all: an
+        unbiased estimate that costs so many backward passes. Exact from `n_outputs` on.
+    loss : {"mse", "huber"}, default "mse"
+        "huber" grows linearly beyond the size of a typical entry, ``sigma_y / sqrt(n_inputs)`` (1 for scale "none").
+    interval : int, default 1
+        Evaluate every so many training calls, starting with the first, and multiply by `interval`; the other calls
+        return 0 and cost no derivative.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        "none" returns one term for each sample, whose mean is the "mean" and whose sum is the "sum". In distributed
+        training "mean" divides by the number of known entries in all processes, so that averaged gradients are those
+        of the whole batch.
+    seed : int, optional
+        Seed of the draws of `projections`; by default `torch.initial_seed()` at construction.
+
+    Attributes
+    ----------
+    calls : Tensor
+        Number of training calls so far (a buffer).
+
+    Notes
+    -----
+    The scales come from `fit`, once, are saved in `state_dict` and never change. Without `fit` the first training batch
+    sets them, with a warning, and since its y is unknown, sigma_y is replaced by the standard deviation of y to first
+    order in x. Under evaluation (`matching.eval()`, `no_grad`, `inference_mode`) every call evaluates, nothing is
+    counted, no second graph is built, and processes do not talk to each other.
+
+    Batch normalisation in training mode couples rows: derivatives are then taken with running statistics, see
+    `value_and_jacobian`. Activation checkpointing of such layers is not supported.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gradwise.torch import GradientMatching
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.linspace(-2, 2, 20)[:, None]
+    >>> y, dydx = torch.sin(x), torch.cos(x)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    >>> matching = GradientMatching().fit(x, y, dydx)
+    >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    >>> for _ in range(200):
+    ...     prediction, derivative_loss = matching.with_values(model, x, dydx)
+    ...     loss = torch.nn.functional.mse_loss(prediction, y) + derivative_loss
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> loss.item() < 0.01
+    True
+
+    Forces are minus the derivative of the energy; outputs that are already computed will do:
+
+    >>> positions = torch.randn(5, 3, requires_grad=True)
+    >>> stiffness = torch.nn.Parameter(torch.tensor(2.0))
+    >>> energy = stiffness * (positions**2).sum()
+    >>> raw = GradientMatching(scale="none")
+    >>> loss = raw.from_outputs(energy, wrt=positions, target=-4 * positions.detach(), sign=-1)
+    >>> loss.item()
+    0.0
+    """
+
+    calls: Tensor
+    seed: Tensor
+
+    def __init__(
+        self,
+        derivative_weight: float | Callable[[int], float] = 1.0,
+        *,
+        scale: str = "block",
+        projections: int | None = None,
+        loss: str = "mse",
+        interval: int = 1,
+        reduction: str = "mean",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("scale", scale, SCALES)
+        check_choice("loss", loss, LOSSES)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.derivative_weight = (
+            derivative_weight
+            if callable(derivative_weight)
+            else check_non_negative("derivative_weight", derivative_weight)
+        )
+        self.scale = scale
+        self.projections = None if projections is None else _positive("projections", projections)
+        self.loss = loss
+        self.interval = _positive("interval", interval)
+        self.reduction = reduction
+        # Plain numbers rule and buffers mirror them, so that no call waits for a device to read its own counter.
+        self._calls = 0
+        self._seed = torch.initial_seed() if seed is None else seed
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("seed", torch.from_numpy(np.array(self._seed % 2**64, dtype=np.uint64).view(np.int64)))
+        self.scales = MatchingScales(scale)
+        self._checked = False  # that torch can differentiate the model twice
+        self._looked = False  # whether the outputs' graph couples rows
+        self._warned_outputs = False
+
+    def extra_repr(self) -> str:
+        """Arguments as given."""
+        return (
+            f"derivative_weight={self.derivative_weight}, scale={self.scale!r}, projections={self.projections}, "
+            f"loss={self.loss!r}, interval={self.interval}, reduction={self.reduction!r}"
+        )
+
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        dydx: Any = None,
+        *,
+        mask: Any = None,
+        target_jvp: Any = None,
+    ) -> Self:
+        """Set the scales from training data, once.
+
+        Parameters
+        ----------
+        X : Tensor or array of shape (n, ...)
+            Inputs, any number of rows: a sample of the training data will do.
+        y : Tensor or array of shape (n,) or (n, ...), optional
+            Values. Without them sigma_y is the standard deviation of y to first order in x. For forces, repeat each
+            structure's energy for its atoms: ``energies[structure_of_atom]``.
+        dydx : Tensor or array, optional
+            Derivatives, shaped like `target_jacobian`, in units of y per unit of x; NaN means unknown.
+        mask : boolean Tensor or array of the shape of `dydx` (or `target_jvp`), optional
+            False means unknown.
+        target_jvp : Tensor or array, optional
+            Directional derivatives, shaped like `target_jvp` of a call, in units of y.
+
+        Returns
+        -------
+        GradientMatching
+            The module itself.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not belong together, or neither `dydx` nor `target_jvp` is given.
+        """
+        self.scales.fit(X, y, dydx, mask=mask, target_jvp=target_jvp)
+        return self
+
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target_jacobian: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        tangents: Tensor | None = None,
+        target_jvp: Tensor | None = None,
+        target_norm: Tensor | float | None = None,
+    ) -> Tensor:
+        """Loss of the derivatives of `model` at `x`; see `with_values` to have the outputs from the same forward pass.
+
+        Parameters
+        ----------
+        model : callable
+            A module (compiled or not) or function of one tensor that treats the rows of a batch independently.
+        x : Tensor of shape (batch, ...)
+            Inputs, of any rank.
+        target_jacobian : Tensor, optional
+            Known derivatives, in units of y per unit of x: shape (batch, n_outputs, n_inputs), or
+            (batch, n_outputs, *shape of an input) or, for one output, the shape of `x`. NaN means unknown. None means
+            zero (Jacobian regularisation, R1 penalty) and needs scale "none".
+        mask : boolean Tensor of the target's shape, optional
+            False means unknown.
+        sample_weight : Tensor of shape (batch,), optional
+            Non-negative weights without unit; only their ratios matter.
+        tangents : Tensor of shape (batch, ...) like `x`, or (batch, n_directions, ...), optional
+            Directions in units of x, for targets that are known only along directions.
+        target_jvp : Tensor of shape (batch, n_outputs), or (batch, n_outputs, n_directions), optional
+            Known derivatives along `tangents`, in units of y; (batch,) will do for one output. Scale "block" gives
+            ``sigma_y**2 * mean r**2 / mean target**2``.
+        target_norm : float or Tensor of shape (batch,) or (batch, n_outputs), optional
+            Known norms of each sample's gradient of each output (WGAN-GP: 1). Needs scale "none".
+
+        Returns
+        -------
+        Tensor of shape () or, for reduction "none", (batch,)
+            The loss in squared units of y (scale "none": of the derivatives), float32 or wider.
+
+        Raises
+        ------
+        ValueError
+            If shapes are not exactly those above, targets contradict each other, or y does not depend on x.
+        TypeError
+            If `mask` is not boolean, or x or y is not a floating-point tensor.
+        RuntimeError
+            In the first training call, if the model cannot be differentiated twice or the loss reaches no parameter.
+        """
+        targets = Targets(target_jacobian, mask, sample_weight, tangents, target_jvp, target_norm, "target_jacobian")
+        return self._run(model, x, targets, values=False)[1]
+
+    def with_values(
+        self,
+        model: Model,
+        x: Tensor,
+        target_jacobian: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        tangents: Tensor | None = None,
+        target_jvp: Tensor | None = None,
+        target_norm: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of `model` and the loss of its derivatives, in one forward pass; parameters as for a plain call.
+
+        Returns
+        -------
+        y : Tensor
+            What ``model(x)`` returns, with its graph if gradients are enabled.
+        loss : Tensor
+            As for a plain call.
+        """
+        targets = Targets(target_jacobian, mask, sample_weight, tangents, target_jvp, target_norm, "target_jacobian")
+        y, loss = self._run(model, x, targets, values=True)
+        if y is None:
+            y = model(x)
+        return y, loss
+
+    @outside_compilation
+    def from_outputs(
+        self,
+        y: Tensor,
+        *,
+        wrt: Tensor,
+        target: Tensor | None = None,
+        sign: int = 1,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        tangents: Tensor | None = None,
+        target_jvp: Tensor | None = None,
+        target_norm: Tensor | float | None = None,
+    ) -> Tensor:
+        """Loss of the derivatives of outputs that are already computed, for example of a graph or a dict batch.
+
+        Parameters
+        ----------
+        y : Tensor
+            Outputs: (batch, n_outputs) for the rows of `wrt`; or one value for each of any number of structures (or a
+            single one), whose sum is differentiated: energies.
+        wrt : Tensor of shape (rows, ...)
+            A tensor that required gradients before `y` was computed from it: atoms x 3.
+        target : Tensor, optional
+            Known derivatives, times `sign`, shaped like `target_jacobian` of a plain call: atoms x 3. None means zero.
+        sign : {1, -1}, default 1
+            -1 for forces, which are minus the derivative of the energy.
+        mask, sample_weight, tangents, target_jvp, target_norm : optional
+            As for a plain call, for the rows of `wrt`.
+
+        Returns
+        -------
+        Tensor of shape () or, for reduction "none", (rows,)
+            The loss. The graph of `y` is kept.
+
+        Raises
+        ------
+        ValueError
+            If `wrt` does not require gradients, `y` does not depend on it, or shapes are wrong.
+
+        Notes
+        -----
+        Run attention within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` and models as given to torch.compile, not
+        compiled: outputs that are already computed cannot be computed differently.
+        """
+        if sign not in {1, -1}:
+            msg = f"`sign` must be 1 or -1; got {sign!r}"
+            raise ValueError(msg)
+        call = self._begin()
+        if call.weight == 0:
+            return self._finish(call, _nothing(wrt, self.reduction, training=call.training))
+        if not wrt.requires_grad or not y.requires_grad:
+            name = "y" if wrt.requires_grad else "wrt"
+            msg = (
+                f"`{name}` must require gradients; call `wrt.requires_grad_()` before the model runs, not in `no_grad`"
+            )
+            raise ValueError(msg)
+        if not self._looked:
+            self._looked = True
+            warn_unseen(y)
+        single = y.ndim <= 1 or y.numel() == y.shape[0]
+        n_outputs = 1 if single else count_outputs(y, wrt)
+        targets = Targets(target, mask, sample_weight, tangents, target_jvp, target_norm, "target")
+        probes: list[Tensor] | None = [] if call.training and not self._checked else None
+        linearization = Linearization(wrt, y, y, create_graph=call.training, keep_graph=True, probes=probes)
+        return self._finish(call, self._evaluate(call, linearization, targets, n_outputs, sign))
+
+    @outside_compilation
+    def _run(self, model: Model, x: Tensor, targets: Targets, *, values: bool) -> tuple[Tensor | None, Tensor]:
+        call = self._begin()
+        if call.weight == 0:
+            return None, self._finish(call, _nothing(x, self.reduction, training=call.training))
+        with linearize(
+            model,
+            x,
+            values=values,
+            create_graph=call.training,
+            keep_graph=values and torch.is_grad_enabled(),
+            check_callable=not self._looked,
+            probe=call.training and not self._checked,
+        ) as linearization:
+            self._looked = True
+            n_outputs = count_outputs(linearization.outputs, x)
+            loss = self._evaluate(call, linearization, targets, n_outputs, 1)
+        return linearization.values, self._finish(call, loss)
+
+    def _begin(self) -> _Call:
+        training = self.training and torch.is_grad_enabled()
+        weight = self.derivative_weight
+        number = check_non_negative("derivative_weight", weight(self._calls) if callable(weight) else weight)
+        if training:
+            number *= 0 if self._calls % self.interval else self.interval
+        return _Call(number, training, self._calls)
+
+    def _finish(self, call: _Call, loss: Tensor) -> Tensor:
+        # Last, so that a call that fails is no call.
+        if call.training:
+            self._calls += 1
+            self.calls.fill_(self._calls)
+        return loss
+
+    def _evaluate(
+        self, call: _Call, linearization: Linearization, targets: Targets, n_outputs: int, sign: int
+    ) -> Tensor:
+        x = linearization.primal
+        batch = x.shape[0]
+        rank, n_processes = processes()
+        with _full_precision(x.device):
+            goal = targets.goal(x, n_outputs, scale=self.scale)
+            scale, threshold = self.scales.lookup(goal, x, training=call.training)
+        chosen = self._choose(call, rank, batch, n_outputs, x.device)
+        jacobian = linearization.rows(chosen, n_outputs)  # under the caller's autocast, like any backward pass
+        jacobian = jacobian if sign == 1 else -jacobian
+        with _full_precision(x.device):
+            predicted = goal.project(jacobian.to(goal.target.dtype))
+            known = known_weights(goal.target, mask=goal.mask, sample_weight=goal.sample_weight, xp=torch).sum()
+            target, mask, share = goal.target, goal.mask, 1.0
+            if chosen is not None:
+                index = chosen[:, :, None].expand_as(predicted)
+                target = target.gather(1, index)
+                mask = None if mask is None else mask.gather(1, index)
+                scale = None if scale is None else scale[chosen]
+                threshold = threshold[chosen] if isinstance(threshold, Tensor) else threshold
+                share = n_outputs / chosen.shape[1]
+            numerators = matching_numerators(
+                predicted,
+                target,
+                mask=mask,
+                sample_weight=goal.sample_weight,
+                scale=scale,
+                loss=self.loss,
+                threshold=threshold,
+                xp=torch,
+            )
+            if call.training and n_processes > 1 and self.reduction == "mean":
+                dist.all_reduce(known)
+                known = known / n_processes
+            numerators = call.weight * share * goal.multiplier * numerators
+            loss = reduce_terms(numerators, known, reduction=self.reduction, xp=torch)
+        if not call.training:
+            return loss.detach()
+        if not self._checked:
+            # Hooks of distributed wrappers must see one backward pass, not two.
+            if not (dist.is_available() and dist.is_initialized()):
+                require_double_backward(loss, [x, *(linearization.probes or [])])
+            self._checked = True
+        return loss
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._calls, self._seed = int(self.calls), int(self.seed)
+
+    def _choose(self, call: _Call, rank: int, batch: int, n_outputs: int, device: torch.device) -> Tensor | None:
+        if self.projections is None:
+            if n_outputs > _MANY_OUTPUTS and call.training and not self._warned_outputs:
+                self._warned_outputs = True
+                warnings.warn(
+                    f"matching all {n_outputs} outputs takes {n_outputs} backward passes in every call; "
+                    "GradientMatching(projections=1) takes one, for an unbiased estimate",
+                    UserWarning,
+                    stacklevel=5,
+                )
+            return None
+        if self.projections >= n_outputs:
+            return None
+        step = (call.number, 0 if call.training else 1)
+        return draw_outputs((self._seed % 2**64, rank), step, batch, n_outputs, self.projections).to(device)
+
+
+def _nothing(x: Tensor, reduction: str, *, training: bool) -> Tensor:
+    shape = x.shape[:1] if reduction == "none" else ()
+    # Requires gradients, so that `loss.backward()` also works in a loop without another term.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=training)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    # Entering torch.autocast costs as much as a few operations: only where there is something to switch off.
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"`{name}` must be a positive whole number; got {value!r}"
+        raise ValueError(msg)
+    return value

@@ -1,0 +1,63 @@
+"""Which shapes derivative targets may have: exact equality, never broadcasting."""
+
+import math
+from typing import Any
+
+__all__ = ["as_directional", "as_jacobian", "as_norms", "as_tangents"]
+
+Shape = tuple[int, ...]
+
+
+def as_jacobian(name: str, array: Any, x_shape: Shape, n_outputs: int) -> Any:
+    """`array` as (batch, n_outputs, n_inputs).
+
+    Accepts exactly that, (batch, n_outputs, *shape of an input) and, for one output, the shape of x.
+    """
+    batch, *inputs = x_shape
+    full = (batch, n_outputs, math.prod(inputs))
+    return _reshape(name, array, full, full, (batch, n_outputs, *inputs), x_shape if n_outputs == 1 else None)
+
+
+def as_directional(name: str, array: Any, batch: int, n_outputs: int, n_directions: int | None) -> Any:
+    """`array` as (batch, n_outputs, n_directions).
+
+    Accepts exactly that or, for tangents without an axis of directions (None), (batch, n_outputs) and, for one output,
+    (batch,).
+    """
+    if n_directions is not None:
+        full = (batch, n_outputs, n_directions)
+        return _reshape(name, array, full, full)
+    one = (batch,) if n_outputs == 1 else None
+    return _reshape(name, array, (batch, n_outputs, 1), (batch, n_outputs), one)
+
+
+def as_norms(name: str, array: Any, batch: int, n_outputs: int) -> Any:
+    """`array` as (batch, n_outputs, 1); accepts (batch, n_outputs) and, for one output, (batch,)."""
+    return as_directional(name, array, batch, n_outputs, None)
+
+
+def as_tangents(tangents: Any, x_shape: Shape) -> tuple[Any, int | None]:
+    """`tangents` as (batch, n_directions, n_inputs), and the number of directions or None if it has no such axis."""
+    batch, *inputs = x_shape
+    many = tangents.ndim == len(x_shape) + 1
+    n_directions = tangents.shape[1] if many else 1
+    shape = (batch, n_directions, *inputs) if many else x_shape
+    if tuple(tangents.shape) != shape:
+        msg = (
+            f"`tangents` must have shape {tuple(x_shape)} or {_text((batch, 'n_directions', *inputs))}, like `x`; got "
+            f"{tuple(tangents.shape)}"
+        )
+        raise ValueError(msg)
+    return tangents.reshape(batch, n_directions, math.prod(inputs)), n_directions if many else None
+
+
+def _reshape(name: str, array: Any, shape: Shape, *accepted: Shape | None) -> Any:
+    choices = list(dict.fromkeys(tuple(choice) for choice in accepted if choice is not None))
+    if tuple(array.shape) not in choices:
+        msg = f"`{name}` must have shape {' or '.join(map(_text, choices))}; got {_text(tuple(array.shape))}"
+        raise ValueError(msg)
+    return array.reshape(shape)
+
+
+def _text(shape: tuple[Any, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
