@@ -1,10 +1,9 @@
-"""Population gradient around AdamW on scikit-learn's handwritten digits: the loop of the torch tutorials, one line more.
+"""Population gradient around AdamW on scikit-learn's handwritten digits: the usual loop, one line more.
 
-100 real scans to train on, 1,697 to test on, nothing tuned on either. Every method starts from the same weights and sees
-the same batches. Run: ``python examples/population_digits.py``.
+100 real scans to train on, 1,697 to test on, nothing tuned on either. Every method starts from the same weights and
+sees the same batches. Run: ``python examples/population_digits.py``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gradwise.torch import PopulationGradient
 
-TRAINING_ROWS, BATCH, EPOCHS = 100, 20, 60
+TRAINING_ROWS, BATCH, EPOCHS = 100, 20, 30
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,17 @@ METHODS = (
 )
 
 
-def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test images, training and test labels."""
+def split(seed: int) -> list[Tensor]:
+    """Training and test images as rows of 64 pixels from 0 to 1, training and test labels."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, train_size=TRAINING_ROWS, stratify=labels, random_state=seed)
-    train_x, test_x, train_y, test_y = parts
-    return (
-        torch.tensor(train_x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8),
-        torch.tensor(test_x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8),
-        torch.tensor(train_y),
-        torch.tensor(test_y),
-    )
+    train_x, test_x, train_y, test_y = (torch.tensor(part) for part in parts)
+    return [train_x.float() / 16, test_x.float() / 16, train_y, test_y]
 
 
 def make_model() -> nn.Module:
-    """A small convolutional network, as one would write it."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 16, 10),
-    )
+    """A small network, as one would write it."""
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def train(method: Method, seed: int, train_x: Tensor, train_y: Tensor) -> nn.Module:
@@ -104,18 +88,14 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return 100 * accuracy, nn.functional.cross_entropy(logits.double(), y).item()
 
 
-def run(seeds: range, advance: Callable[[], object] = lambda: None) -> dict[str, list[tuple[float, float]]]:
-    """Scores of every method on the test data of every seed."""
-    scores: dict[str, list[tuple[float, float]]] = {method.name: [] for method in METHODS}
-    for seed in seeds:
-        train_x, test_x, train_y, test_y = split(seed)
-        for method in METHODS:
-            scores[method.name].append(score(train(method, seed, train_x, train_y), test_x, test_y))
-            advance()
-    return scores
+def run(seed: int) -> dict[str, tuple[float, float]]:
+    """Scores of every method on the test data of one seed."""
+    train_x, test_x, train_y, test_y = split(seed)
+    return {m.name: score(train(m, seed, train_x, train_y), test_x, test_y) for m in METHODS}
 
 
 if __name__ == "__main__":
-    for name, values in run(range(5)).items():
-        accuracy, loss = torch.tensor(values).mean(0).tolist()
-        print(f"{name:40s} accuracy {accuracy:.2f} %   log-loss {loss:.4f}")
+    runs = [run(seed) for seed in range(5)]
+    for method in METHODS:
+        accuracy, loss = torch.tensor([scores[method.name] for scores in runs]).mean(0).tolist()
+        print(f"{method.name:40s} accuracy {accuracy:.2f} %   log-loss {loss:.4f}")

@@ -328,7 +328,7 @@ def test_a_step_that_saw_no_member_warns_once() -> None:
 
 def test_several_optimizers_share_the_member_event() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    model: Any = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     body, head = (
         PopulationGradient(torch.optim.SGD(part.parameters(), lr=0.1), model, sigma=0.3)
         for part in (model[0], model[2])
@@ -399,7 +399,7 @@ def test_copies_of_the_model_are_plain() -> None:
 
 def test_lazy_and_late_parameters_join() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 2))
+    model: Any = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 2))
     optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.0), model, sigma=0.3)
     loss_of(model, (X, Y)).backward()
     optimizer.step()
@@ -436,7 +436,7 @@ def test_thawed_parameters_join() -> None:
 def test_special_embeddings_stay_unperturbed(kind: str) -> None:
     torch.manual_seed(0)
     embedding = nn.Embedding(5, 6, sparse=True) if kind == "sparse" else nn.Embedding(5, 6, max_norm=1.0)
-    model = nn.Sequential(embedding, nn.Linear(6, 2))
+    model: Any = nn.Sequential(embedding, nn.Linear(6, 2))
     with pytest.warns(UserWarning, match=r"`0\.weight`.*stays unperturbed"):
         optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model, sigma=0.3)
     tokens = torch.tensor([0, 1, 1, 4])

@@ -4,7 +4,7 @@ The references use plain torch and the core's noise, one obvious statement after
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixed": Mixed,
 }
 
-INNERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+INNERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "adam-foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
@@ -110,7 +110,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def perturb_by_hand(
-    parameters: list[Tensor], population: Population, *, step: int, member: int, paired: bool, rank: int = 0
+    parameters: Sequence[Tensor], population: Population, *, step: int, member: int, paired: bool, rank: int = 0
 ) -> list[Tensor]:
     """Move the weights to a member, out of place and by the formula; return the mean."""
     mean = [p.detach().clone() for p in parameters]
@@ -133,7 +133,7 @@ def perturb_by_hand(
     return mean
 
 
-def put(parameters: list[Tensor], values: list[Tensor]) -> None:
+def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(parameters, values, strict=True):
             p.copy_(value)

@@ -220,9 +220,7 @@ def _mean(mean: Tensor | None, value: Tensor | None, count: int) -> Tensor | Non
     # Over the union of both sets of indices, where entries can be subtracted one by one.
     mean, value = (mean + 0 * value).coalesce(), (value + 0 * mean).coalesce()
     combined = running_mean(mean.values(), value.values(), count)
-    return torch.sparse_coo_tensor(
-        mean.indices(), combined, mean.shape, is_coalesced=True, check_invariants=False
-    )
+    return torch.sparse_coo_tensor(mean.indices(), combined, mean.shape, is_coalesced=True, check_invariants=False)
 
 
 def _not_none(tensor: Tensor | None) -> Tensor:

@@ -130,15 +130,15 @@ class MemberEvent:
             self._graphs.add(token)
             nodes = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn]
             for node in nodes:
-                node.metadata["gradwise"] = token
+                node.metadata["gradwise"] = token  # type: ignore[reportIndexIssue] - a property, typed as a method
             if not nodes:  # an output that hides its tensors: its graph counts as alive until the next member
                 self._held = token
 
-    def _after_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def _after_state_dict(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         del metadata
-        reference, clones = self._clones
-        if reference() is not state:  # tied weights share their clone within one state dict, and only there
-            clones = {}
+        of_state, clones = self._clones
+        if of_state() is not state:  # tied weights share their clone within one state dict, and only there
+            clones: dict[int, Tensor] = {}
             self._clones = (_weak(state), clones)
         for name, parameter in module._parameters.items():
             for optimizer in self._living():
