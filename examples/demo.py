@@ -6,6 +6,7 @@ library's defaults (a second sigma is shown as well), and the test data are used
 
 import multiprocessing
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -104,7 +105,7 @@ def matching_table(scores: Scores) -> Table:
 
 def draw(results: dict[str, Scores], path: Path) -> None:
     """One panel per plugin: every seed as a dot, paired by grey lines, the mean as a bar."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     population = {name: values[:, 1] for name, values in results["population gradient"].items()}
     panels = (
         (population, "log-loss on 1,697 held-out digits", "Population gradient around AdamW", "linear"),
@@ -117,7 +118,13 @@ def draw(results: dict[str, Scores], path: Path) -> None:
         for row, seeds in zip(rows, values, strict=True):
             axis.scatter(seeds, np.full(len(seeds), row), s=14, color="tab:blue", zorder=2)
             axis.scatter(seeds.mean(), row, s=260, marker="|", linewidth=2.5, color="tab:orange", zorder=3)
-        axis.set(yticks=rows, yticklabels=list(scores), xlabel=label, title=title, xscale=kind)
+        axis.set(
+            yticks=rows,
+            yticklabels=[textwrap.fill(name, 24) for name in scores],
+            xlabel=label,
+            title=title,
+            xscale=kind,
+        )
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("each dot one seed, lines join equal seeds, bars are means; less is better", fontsize=9)

@@ -122,11 +122,9 @@ def run(seed: int) -> dict[str, float]:
     scores: dict[str, float] = {}
     for method in METHODS:
         x, y, dydx = standardised(sample(method.samples, seed))
-        if method.weight_decay is None:
-            chosen = replace(method, weight_decay=choose_decay(x, y, dydx, seed))
-        else:
-            chosen = method
-        scores[method.name] = score(train(chosen, x, y, dydx, seed), test_x, test_y)
+        decay = choose_decay(x, y, dydx, seed) if method.weight_decay is None else method.weight_decay
+        model = train(replace(method, weight_decay=decay), x, y, dydx, seed)
+        scores[method.name] = score(model, test_x, test_y)
     return scores
 
 
