@@ -27,40 +27,40 @@ def owner(model: Any) -> nn.Module | None:
     return candidate if isinstance(candidate, nn.Module) else None
 
 
-def coupled_layers(model: Any) -> list[nn.Module]:
-    """Layers of `model` that now normalise with the statistics of the batch.
-
-    Raises
-    ------
-    RuntimeError
-        If one of them has no running statistics to use instead.
-    """
+def coupled_layers(model: Any) -> list[_BatchNorm]:
+    """Layers of `model` that now normalise with the statistics of the batch."""
     module = owner(model)
-    if module is None:
-        return []
-    # InstanceNorm is no _BatchNorm; SyncBatchNorm is.
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    for layer in layers:
-        if layer.running_mean is None or layer.running_var is None:
-            msg = (
-                "`model` must not contain batch normalisation without running statistics, which makes each row's "
-                f"output depend on the other rows; got {layer}. Use track_running_stats=True, GroupNorm or LayerNorm"
-            )
-            raise RuntimeError(msg)
-    return [layer for layer in layers if layer.training]
+    # InstanceNorm is no _BatchNorm; SyncBatchNorm is. Without running statistics, eval mode uses the batch's too.
+    layers = [] if module is None else [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    return [layer for layer in layers if layer.training or layer.running_mean is None]
 
 
 @contextmanager
-def running_statistics(layers: list[nn.Module]) -> Iterator[None]:
-    """Let `layers` normalise with their running statistics, which stay as they are."""
+def running_statistics(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Let `layers` normalise with their running statistics, which stay as they are.
+
+    Layers that keep none hold the statistics of each batch constant.
+    """
+    were_training = [layer.training for layer in layers]
+    without = [layer for layer in layers if layer.running_mean is None]
+    handles = [layer.register_forward_pre_hook(_hold_batch_statistics) for layer in without]
     # The attribute and not .eval(), which users override and which descends into children.
     for layer in layers:
         layer.training = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = True
+        for layer, training in zip(layers, were_training, strict=True):
+            layer.training = training
+        for layer, handle in zip(without, handles, strict=True):
+            handle.remove()
+            layer.running_mean = layer.running_var = None
+
+
+def _hold_batch_statistics(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    x: Tensor = args[0].detach()
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    layer.running_mean, layer.running_var = x.mean(over), x.var(over, unbiased=False)
 
 
 def warn_once(model: Any) -> None:
@@ -72,7 +72,8 @@ def warn_once(model: Any) -> None:
     warnings.warn(
         "`model` has batch normalisation in training mode, which makes each row's output depend on the other rows: its "
         "input derivatives are taken with the running statistics instead (for values and derivatives this is a second "
-        "forward pass). Put these layers in eval mode, or use GroupNorm or LayerNorm, to do without",
+        "forward pass), or with the batch's held constant where a layer keeps none. Put these layers in eval mode, or "
+        "use GroupNorm or LayerNorm, to do without",
         UserWarning,
         stacklevel=3,
     )
