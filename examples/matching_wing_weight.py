@@ -80,7 +80,7 @@ def train(method: Method, x: Tensor, y: Tensor, dydx: Tensor, seed: int) -> nn.M
     matching = GradientMatching()
     if method.derivatives:
         matching.fit(x, y, dydx)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -214,7 +214,7 @@ def test_agreement_lies_between_zero_and_one(rows: list[list[float]]) -> None:
 
 def test_statistics_of_nothing_are_unknown() -> None:
     assert math.isnan(gradient_agreement(1.0, []))
-    assert math.isnan(sharpness([]))
+    assert sharpness(3.0) == 1.5
     assert math.isnan(spread([]))
     assert spread([1.0, 3.0]) == 1.0  # divided by n
 

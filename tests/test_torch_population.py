@@ -477,7 +477,7 @@ def test_a_closure_that_does_not_zero_accumulates() -> None:
 
     optimizer.step(closure)
     assert torch.equal(weight.grad, torch.full((2, 2), 103.0))
-    assert torch.equal(kept, torch.full((2, 2), 100.0))
+    assert weight.grad is kept  # as autograd accumulates in place
 
 
 @pytest.mark.parametrize("zero", ["optimizer", "inner", "set_to_none=False", "module"])

@@ -34,7 +34,25 @@ for step in range(20):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-result = {"weights": [p.detach() for p in plain.parameters()], "members": members, "keys": list(plain.state_dict())}
+
+# A member whose loss is NaN in one process is dropped in both.
+wrapped = DistributedDataParallel(nn.Linear(6, 2), gradient_as_bucket_view=True)
+skipping = PopulationGradient(
+    torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, sigma=0.3, population_size=4, on_nonfinite="skip", seed=5
+)
+calls = [0]
+
+def closure():
+    calls[0] += 1
+    skipping.zero_grad()
+    loss = nn.functional.mse_loss(wrapped(x[0, rank]), y[0, rank])
+    loss.backward()
+    return loss * float("nan") if rank == 0 and calls[0] == 2 else loss
+
+for step in range(3):
+    skipping.step(closure)
+skipped = {"skipped": skipping.statistics.skipped, "after_skip": wrapped.module.weight.detach()}
+result = skipped | {"weights": [p.detach() for p in plain.parameters()], "members": members}
 torch.save(result, f"{folder}/{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
@@ -54,6 +72,8 @@ def test_ranks_are_members_and_replicas_stay_identical(tmp_path: Path) -> None:
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert torch.equal(first["after_skip"], second["after_skip"])
+    assert first["skipped"] == second["skipped"] == 1
     assert not any(torch.equal(a, b) for a, b in zip(first["members"], second["members"], strict=True))
 
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gradwise._population import Population
 from gradwise._statistics import running_mean
 from gradwise_torch._buffers import MemberBuffers
-from gradwise_torch._random import RandomStreams, start_streams_from
+from gradwise_torch._gradients import MemberGradients
+from gradwise_torch._random import RandomStreams
 from gradwise_torch._statistics import MemberRecord
 from gradwise_torch._weights import Entry, Weights
 
@@ -31,7 +32,7 @@ class PopulationClosure:
         closure: Callable[[], Loss | None],
         weights: Weights,
         entries: Sequence[Entry],
-        parameters: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]],
         population: Population,
         *,
         step: int,
@@ -42,10 +43,11 @@ class PopulationClosure:
         clean_forward: Callable[[], object] | None,
     ) -> None:
         self.record = MemberRecord()
+        self.skipped = 0
         self._closure = closure
         self._weights = weights
         self._entries = entries
-        self._parameters = parameters
+        self._parameters: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
         self._population = population
         self._step = step
         self._rank = rank
@@ -53,67 +55,51 @@ class PopulationClosure:
         self._on_nonfinite = on_nonfinite
         self._share_masks = share_masks
         self._clean_forward = clean_forward
-        self._scales: list[Any] | None = None
+        self._scales = weights.scales(entries, groups, population, step)
         self._start: RandomStreams | None = None
         self._end: RandomStreams | None = None
 
     def __call__(self) -> Loss | None:
         """One evaluation: the mean of the members' losses, with the mean of their gradients in ``.grad``."""
-        if self._scales is None:
-            self._scales = self._weights.scales(self._entries, self._population, self._step)
-        incoming = [parameter.grad for parameter in self._parameters]
+        gradients = MemberGradients(self._parameters)
         buffers = MemberBuffers(self._model)
         try:
-            return self._evaluate(incoming, buffers)
+            return self._evaluate(gradients, buffers)
         except BaseException:
-            self._put(incoming)
+            gradients.rewind()
             buffers.rewind()
             raise
 
-    def _evaluate(self, incoming: list[Tensor | None], buffers: MemberBuffers) -> Loss | None:
-        record = self.record = MemberRecord(skipped=self.record.skipped)
-        gradients: list[Tensor | None] = []
+    def _evaluate(self, gradients: MemberGradients, buffers: MemberBuffers) -> Loss | None:
+        self.record = MemberRecord()
         mean_loss: Loss = math.nan
         for member in range(self._population.size):
-            self._begin(member, buffers)
-            # Each member accumulates onto what stood in .grad before the step, as a plain closure would; whether that
-            # one zeroes first, and how, then needs no guess.
-            given = [None if gradient is None else gradient.clone() for gradient in incoming]
-            self._put(given)
+            self._begin(member, gradients, buffers)
             loss, moments = self._run(member)
             if member == 0:
                 self._after_first()
                 if loss is None:
-                    return self._without_loss(incoming, given, buffers)
-                # A closure that dropped .grad will drop it again: no need to clone for the next member.
-                incoming = [
-                    gradient if parameter.grad is start else None
-                    for parameter, gradient, start in zip(self._parameters, incoming, given, strict=True)
-                ]
+                    return self._without_loss(gradients, buffers)
             value = _as_scalar(loss, member)
-            if self._on_nonfinite == "skip" and not math.isfinite(float(value)):
-                record.skipped += 1
+            if self._on_nonfinite == "skip" and not self._finite_everywhere(value):
+                self.skipped += 1
                 continue
-            produced = [parameter.grad for parameter in self._parameters]
-            record.add(value, produced, moments)
-            count = len(record.losses)
-            gradients = (
-                produced if count == 1 else [_mean(*pair, count) for pair in zip(gradients, produced, strict=True)]
-            )
-            mean_loss = running_mean(mean_loss, value, count)
-            buffers.collect(count)
-        self._check_finite(record)
-        record.close(gradients)
-        self._put(gradients)
+            square_norm = gradients.collect()
+            self.record.add_member(moments, loss=value, square_norm=square_norm)
+            mean_loss = running_mean(mean_loss, value, self.record.members)
+            buffers.collect(self.record.members)
+        self._check_finite()
+        mean_square_norm = gradients.finish()
+        if not gradients.accumulated:  # else what was in .grad before is in every member's gradient too
+            self.record.mean_square_norm = mean_square_norm
         self._finish(buffers)
         return mean_loss
 
-    def _begin(self, member: int, buffers: MemberBuffers) -> None:
+    def _begin(self, member: int, gradients: MemberGradients, buffers: MemberBuffers) -> None:
         if self._start is None:
-            devices = {parameter.device for parameter in self._parameters}
-            self._start = RandomStreams(devices)
+            self._start = RandomStreams(self._devices())
         elif not self._share_masks and member:
-            start_streams_from(
+            self._start.start_from(
                 self._population.device_seed(
                     step=self._step, stream=member, tensor=len(self._parameters), rank=self._rank
                 )
@@ -121,10 +107,10 @@ class PopulationClosure:
         else:
             self._start.rewind()
         if member:
+            gradients.rewind()
             buffers.rewind()
 
-    def _run(self, member: int) -> tuple[Loss | None, tuple[Tensor, Tensor, Tensor]]:
-        assert self._scales is not None
+    def _run(self, member: int) -> tuple[Loss | None, Tensor]:
         self._weights.enter(
             self._entries,
             self._scales,
@@ -145,7 +131,7 @@ class PopulationClosure:
         """The streams after one member are those after a plain step; they are put back there in the end."""
         if self._end is None:
             assert self._start is not None
-            self._end = RandomStreams({parameter.device for parameter in self._parameters})
+            self._end = RandomStreams(self._devices())
             if self._share_masks:
                 self._start.keep_moved(self._end)
 
@@ -160,38 +146,43 @@ class PopulationClosure:
             self._clean_forward()
         self._end.rewind()
 
-    def _without_loss(self, incoming: list[Tensor | None], given: list[Tensor | None], buffers: MemberBuffers) -> None:
+    def _devices(self) -> set[torch.device]:
+        return {parameter.device for parameter in self._parameters}
+
+    def _without_loss(self, gradients: MemberGradients, buffers: MemberBuffers) -> None:
         """A closure that does nothing (Lightning's manual optimization passes one) leaves a plain step to take."""
-        unchanged = all(
-            parameter.grad is start and (start is None or torch.equal(start, _not_none(gradient)))
-            for parameter, start, gradient in zip(self._parameters, given, incoming, strict=True)
-        )
-        if not unchanged:
+        if gradients.changed():
             msg = "`closure` must return the loss; got None after it produced gradients. End it with `return loss`"
             raise TypeError(msg)
-        self._put(incoming)
         buffers.collect(1)
         buffers.finish()
 
-    def _check_finite(self, record: MemberRecord) -> None:
-        if not record.losses:
+    def _finite_everywhere(self, loss: Loss) -> bool:
+        """Whether the loss is finite, in all processes: they must drop the same members or drift apart."""
+        finite = math.isfinite(float(loss))
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            flag = torch.tensor(float(finite), device=self._parameters[0].device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MIN)
+            return bool(flag.item())
+        return finite
+
+    def _check_finite(self) -> None:
+        if not self.record.members:
             msg = (
                 f"`closure` must return a finite loss for at least one member; all {self._population.size} were NaN or "
                 "infinite. Lower the learning rate or `sigma`, or look for the cause at the mean weights"
             )
             raise ValueError(msg)
         # One device sync for all members, and only in the mode that has not looked at each of them already.
-        if self._on_nonfinite == "raise" and not all(math.isfinite(loss) for loss in record.loss_values()):
-            first = next(i for i, loss in enumerate(record.loss_values()) if not math.isfinite(loss))
+        losses = self.record.loss_values() if self._on_nonfinite == "raise" else []
+        bad = [member for member, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
             msg = (
-                f"`closure` must return a finite loss; member {first} returned {record.loss_values()[first]}. The step "
-                'was not taken. Pass on_nonfinite="skip" to drop such members, or lower `sigma`'
+                f"`closure` must return a finite loss; member {bad[0]} returned {losses[bad[0]]}. This evaluation does "
+                'not count. Pass on_nonfinite="skip" to drop such members, or lower `sigma` or the learning rate'
             )
             raise ValueError(msg)
-
-    def _put(self, gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
 
 
 def _as_scalar(loss: Any, member: int) -> Loss:
@@ -207,22 +198,3 @@ def _as_scalar(loss: Any, member: int) -> Loss:
         f"`closure` must return one number, the loss; got {got} for member {member}. Reduce it, for example by .mean()"
     )
     raise TypeError(msg)
-
-
-def _mean(mean: Tensor | None, value: Tensor | None, count: int) -> Tensor | None:
-    """`running_mean` where a member may have produced no gradient (a branch not taken), which counts as zero."""
-    if mean is None and value is None:
-        return None
-    mean = torch.zeros_like(_not_none(value)) if mean is None else mean
-    value = torch.zeros_like(mean) if value is None else value
-    if not value.is_sparse:
-        return running_mean(mean, value, count)
-    # Over the union of both sets of indices, where entries can be subtracted one by one.
-    mean, value = (mean + 0 * value).coalesce(), (value + 0 * mean).coalesce()
-    combined = running_mean(mean.values(), value.values(), count)
-    return torch.sparse_coo_tensor(mean.indices(), combined, mean.shape, is_coalesced=True, check_invariants=False)
-
-
-def _not_none(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor

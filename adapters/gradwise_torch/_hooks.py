@@ -3,10 +3,10 @@
 One `MemberEvent` serves all optimizers of a model: when a new member starts, it starts for each of them.
 """
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
-    from gradwise_torch._population import PopulationGradient
+    from gradwise_torch._members import MemberOptimizer
 
 __all__ = ["MemberEvent"]
 
@@ -24,9 +24,9 @@ _EVENTS: "weakref.WeakKeyDictionary[nn.Module, MemberEvent]" = weakref.WeakKeyDi
 class Hook:
     """A hook that does nothing in copies and pickles of its module, which no optimizer of ours knows of."""
 
-    def __init__(self, function: Callable[..., Any] | None) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         def untraced(*args: Any) -> Any:
-            return None if function is None else function(*args)
+            return function(*args)
 
         # `module.compile()` compiles the hooks along with the forward; this one breaks the graph instead.
         self._function = torch._disable_dynamo(untraced)  # type: ignore[reportPrivateImportUsage] - torch.compiler.disable imports dynamo
@@ -35,7 +35,9 @@ class Hook:
         return self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (None,)
+        # A function of the standard library that takes anything and returns None, so that a pickled module loads where
+        # gradwise is not installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class _Graph:
@@ -48,7 +50,8 @@ class MemberEvent:
     """Decides at every forward of one model which weights it sees. Refers weakly to the optimizers."""
 
     def __init__(self) -> None:
-        self._optimizers: list[weakref.ref[PopulationGradient]] = []
+        self.suspended = 0  # in closures, member() and mean() of any of the optimizers
+        self._optimizers: list[weakref.ref[MemberOptimizer]] = []
         self._handles: list[Any] = []
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
@@ -63,14 +66,18 @@ class MemberEvent:
         if event is None:
             event = _EVENTS[model] = cls()
             event._handles = [
-                model.register_forward_pre_hook(Hook(event._before_forward), with_kwargs=True),
+                # prepend: pruning and weight_norm compute a weight in pre-hooks of their own, from the member's.
+                model.register_forward_pre_hook(Hook(event._before_forward), with_kwargs=True, prepend=True),
                 # always_call: an exception in the forward must not leave a member behind.
                 model.register_forward_hook(Hook(event._after_forward), always_call=True),
             ]
         return event
 
-    def join(self, optimizer: "PopulationGradient") -> None:
-        """Let an optimizer take part until it dies."""
+    def join(self, optimizer: "MemberOptimizer", parameters: list[Tensor]) -> None:
+        """Let an optimizer take part until it dies, in the place of an older one of the same parameters."""
+        for older in self._living():
+            if older.perturbs(parameters):
+                older.retire()
         self._optimizers.append(weakref.ref(optimizer, self._left))
 
     def watch(self, model: nn.Module, parameters: list[Tensor]) -> None:
@@ -92,10 +99,10 @@ class MemberEvent:
         """Collect the inputs of the forwards to come in `calls`, or stop."""
         self._calls = calls
 
-    def _living(self) -> "list[PopulationGradient]":
+    def _living(self) -> "list[MemberOptimizer]":
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
-    def _left(self, reference: "weakref.ref[PopulationGradient]") -> None:
+    def _left(self, reference: "weakref.ref[MemberOptimizer]") -> None:
         self._optimizers.remove(reference)
         if not self._optimizers:
             for handle in self._handles:
@@ -168,7 +175,7 @@ def _autocast_as_now(args: tuple[Any, ...]) -> Any:
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     if not torch.is_autocast_enabled(device):
-        return nullcontext()
+        return contextlib.nullcontext()
     return torch.autocast(device, dtype=torch.get_autocast_dtype(device))
 
 

@@ -2,8 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,18 +14,14 @@ from gradwise._population import Population
 from gradwise._statistics import PopulationStatistics
 from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
 from gradwise_torch._closure import PopulationClosure
-from gradwise_torch._hooks import MemberEvent
-from gradwise_torch._selection import Selection
-from gradwise_torch._statistics import MemberRecord
-from gradwise_torch._weights import Entry, Weights
-from gradwise_torch._wrapper import OptimizerWrapper
+from gradwise_torch._members import MemberOptimizer, process_rank
 
 __all__ = ["PopulationGradient"]
 
 _LIVING: "weakref.WeakSet[PopulationGradient]" = weakref.WeakSet()
 
 
-class PopulationGradient(OptimizerWrapper):
+class PopulationGradient(MemberOptimizer):
     r"""Steps an optimizer with a non-local gradient: the mean over a population of perturbed copies of the weights.
 
     "Population" as in evolution strategies. With unit noise :math:`\varepsilon_i` and :math:`s` the scale of a tensor,
@@ -124,8 +119,7 @@ class PopulationGradient(OptimizerWrapper):
     ) -> None:
         _check_arguments(inner_optimizer, model, perturb, norm_statistics, on_nonfinite)
         self.inner_optimizer = inner_optimizer
-        self.model = model
-        self.population = Population(
+        population = Population(
             size=population_size,
             sigma=sigma,
             scale=scale,
@@ -133,48 +127,13 @@ class PopulationGradient(OptimizerWrapper):
             antithetic=antithetic,
             seed=_free_seed() if seed is None else seed,
         )
-        self._selection = Selection(model, perturb)
         self._norm_statistics: Literal["mean", "recalibrate"] = norm_statistics
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._share_masks = share_masks
-        self._weights = Weights()
-        self._step = 0  # the second word of every noise key
-        self._in_loop = False  # whether the member in place is the unchanged loop's
-        self._loop_member = 0  # members that the unchanged loop has started since the last step
         self._skipped = 0
-        self._saw_member = self._warned_no_member = False
-        self._awake()
-
-    def _awake(self) -> None:
-        """What neither pickles nor copies: hooks, weak references, and the marks by which a member is known."""
-        self._register()
-        self._record = MemberRecord()
-        self._gradients: list[Any] = []
-        self._suspended = 0
-        self._by_hand = False
-        self._weights.refresh()
-        weakref.finalize(self, self._weights.abandon).atexit = False
+        self._warned_no_member = False
+        self._set_up(model, population, perturb)
         _LIVING.add(self)
-        self._event = None if self.model is None else MemberEvent.of(self.model)
-        if self._event is not None:
-            self._event.join(self)
-        self._entries()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients and end the member, unless its forward still waits for its backward.
-
-        ``loss = model(x)``, then ``zero_grad()``, then ``loss.backward()`` is a common order; weights that moved in
-        between would make that backward fail.
-        """
-        waiting = not self._gradient_arrived() and self._event is not None and self._event.forward_pending()
-        self.inner_optimizer.zero_grad(set_to_none)
-        if waiting:
-            self._gradients = _marks(self._parameters())
-        else:
-            self.end_member()
-
-    def _before_state(self) -> None:
-        self.end_member()
 
     def _counters(self) -> dict[str, int]:
         return {
@@ -191,16 +150,12 @@ class PopulationGradient(OptimizerWrapper):
         self.population = replace(self.population, seed=counters.get("seed", self.population.seed))
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = {"_record", "_gradients", "_suspended", "_by_hand", "_event", "step"}  # step: patched by schedulers
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in transient and not name.startswith(("_optimizer_", "_zero_grad_"))
-        }
+        return self._asleep()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._awake()
+        _LIVING.add(self)
 
     def __repr__(self) -> str:
         return f"PopulationGradient({self.population}\n{self.inner_optimizer!r})"
@@ -229,9 +184,7 @@ class PopulationGradient(OptimizerWrapper):
             A member's loss is not finite, and `on_nonfinite` is "raise".
         """
         try:
-            if self._by_hand:
-                msg = "`step` must be called at the mean weights; leave `with optimizer.member(i):` first"
-                raise RuntimeError(msg)
+            self._check_not_by_hand("step")
             if closure is not None and loss_scaling(self):
                 msg = (
                     "`closure` must be None under a GradScaler, which unscales gradients only once, after the closure. "
@@ -259,16 +212,16 @@ class PopulationGradient(OptimizerWrapper):
             closure,
             self._weights,
             self._entries(),
-            self._parameters(),
+            self.param_groups,
             self.population,
             step=self._step,
-            rank=_rank(),
+            rank=process_rank(),
             model=self.model,
             on_nonfinite=self._on_nonfinite,
             share_masks=self._share_masks,
             clean_forward=None if self._norm_statistics == "mean" else lambda: self._clean_forward(calls),
         )
-        with self._suspend_hooks():
+        with self._suspended_hooks():
             if self._norm_statistics == "recalibrate" and self._event is not None:
                 self._event.record_calls(calls)
             try:
@@ -277,7 +230,7 @@ class PopulationGradient(OptimizerWrapper):
                 if self._event is not None:
                     self._event.record_calls(None)
                 self._record = population_closure.record
-                self._skipped += self._record.skipped
+                self._skipped += population_closure.skipped
 
     @torch.no_grad()
     def _clean_forward(self, calls: list[tuple[Any, ...]]) -> None:
@@ -292,145 +245,21 @@ class PopulationGradient(OptimizerWrapper):
                 self.model(*args, **kwargs)
         self._event.record_calls(calls)
 
-    # -- members -------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def member(self, index: int) -> Iterator[None]:
-        """Weights of one member, in place, for the duration of a ``with``; the mean is copied back on the way out.
-
-        Never touches ``.grad``: gradients of several members add up there, as those of several batches do.
-
-        Parameters
-        ----------
-        index : int
-            From 0 to ``population_size - 1``. With antithetic noise, members 2i and 2i + 1 are a pair.
-        """
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.population.size:
-            msg = (
-                f"`index` must be an integer from 0 to {self.population.size - 1} (population_size - 1); got {index!r}"
-            )
-            raise ValueError(msg)
-        self._check_not_by_hand("member")
-        self.end_member()
-        entries = self._entries()
-        self._enter(entries, member=index, paired=True)
-        self._by_hand = self._saw_member = True
-        try:
-            with self._suspend_hooks():
-                yield
-        finally:
-            self._by_hand = False
-            self._weights.leave()
-
-    @contextmanager
-    def mean(self) -> Iterator[None]:
-        """The mean weights for the duration of a ``with``, in which training-mode forwards start no member either."""
-        self._check_not_by_hand("mean")
-        self.end_member()
-        with self._suspend_hooks():
-            yield
-
-    def eval(self) -> None:
-        """End the member: the weights are the mean until the next training-mode forward."""
-        self.end_member()
-
-    def train(self) -> None:
-        """Do nothing; the counterpart of `eval` for trainers that call both."""
-
     @property
     def statistics(self) -> PopulationStatistics:
         """What the members of the last step said; reading it syncs with the device."""
         return self._record.read(skipped=self._skipped)
-
-    # -- what the hooks of the unchanged loop call --------------------------------------------------------------------
-
-    @property
-    def hooks_suspended(self) -> bool:
-        """Whether forwards are somebody else's business: inside a closure, ``member()`` or ``mean()``."""
-        return self._suspended > 0
-
-    def wants_member(self) -> bool:
-        """Whether the next training-mode forward begins a member: there is none, or this one has its gradient."""
-        return not self._in_loop or self._gradient_arrived()
-
-    def start_member(self) -> None:
-        """Replace the member in place, if any, by the next one."""
-        self.end_member()
-        if self._loop_member == 0:
-            self._record = MemberRecord()
-        entries = self._entries()
-        self._gradients = _marks(self._parameters())
-        self._enter(entries, member=self._loop_member, paired=False)
-        self._in_loop = True
-        self._loop_member += 1
-        self._saw_member = True
-        self._record.members += 1
-        self._record.moments.append(self._weights.moments())
-
-    def end_member(self) -> None:
-        """Bring the mean back if the unchanged loop has a member in place."""
-        if self._in_loop:
-            self._in_loop = False
-            self._weights.leave()
-
-    def mean_of(self, parameter: Tensor) -> Tensor | None:
-        """The mean of a tensor that is perturbed at the moment."""
-        return self._weights.mean_of(parameter)
-
-    # -- small print ---------------------------------------------------------------------------------------------------
-
-    def _enter(self, entries: list[Entry], *, member: int, paired: bool) -> None:
-        scales = self._weights.scales(entries, self.population, self._step)
-        self._weights.enter(
-            entries, scales, self.population, step=self._step, member=member, rank=_rank(), paired=paired
-        )
-
-    def _entries(self) -> list[Entry]:
-        """The tensors to perturb, looked up again where parameters have joined, frozen or thawed."""
-        entries = self._selection.entries(self.inner_optimizer)
-        if self._event is not None and self.model is not None:
-            self._event.watch(self.model, [entry.parameter for entry in entries])
-        return entries
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def _gradient_arrived(self) -> bool:
-        """Whether a gradient has been accumulated since the member began."""
-        parameters = self._parameters()
-        return len(parameters) != len(self._gradients) or any(
-            parameter.grad is not None
-            and (mark is None or mark[0]() is not parameter.grad or mark[1] != parameter.grad._version)
-            for parameter, mark in zip(parameters, self._gradients, strict=True)
-        )
-
-    @contextmanager
-    def _suspend_hooks(self) -> Iterator[None]:
-        self._suspended += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
-
-    def _check_not_by_hand(self, name: str) -> None:
-        if self._by_hand:
-            msg = f"`{name}` must not be entered inside `with optimizer.member(i):`; leave that one first"
-            raise RuntimeError(msg)
 
     def _check_saw_member(self) -> None:
         if self.model is not None and not self._saw_member and not self._warned_no_member:
             self._warned_no_member = True
             warnings.warn(
                 "this step saw no member of the population: since the last one, `model` has had no training-mode "
-                "forward with gradients. Pass the module that the loop calls (the DDP wrapper, the compiled module)",
+                "forward with gradients, or a newer PopulationGradient wraps it. Pass the module that the loop calls "
+                "(the DDP wrapper, the compiled module)",
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _marks(parameters: list[Tensor]) -> list[Any]:
-    """Gradients as they are now, by identity and version, without keeping them alive."""
-    return [None if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in parameters]
 
 
 def _free_seed() -> int:
@@ -439,11 +268,6 @@ def _free_seed() -> int:
     while seed in taken:
         seed += 1
     return seed
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _check_arguments(inner_optimizer: Any, model: Any, perturb: Any, norm_statistics: Any, on_nonfinite: Any) -> None:

@@ -1,5 +1,6 @@
 """Positions of the user's random streams, so that members which share a batch share its dropout masks."""
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["RandomStreams", "start_streams_from"]
+__all__ = ["RandomStreams"]
 
 
 class RandomStreams:
@@ -27,11 +28,22 @@ class RandomStreams:
             # The legacy stream is the one that model code uses (SpecAugment masks, for example).
             (np.random.set_state, np.random.get_state()),  # noqa: NPY002
         ]
-        for device in sorted({str(device) for device in devices if device.type not in ("cpu", "meta")}):
+        self._devices = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
+        for device in self._devices:
             module = getattr(torch, device.partition(":")[0])  # torch.cuda, torch.xpu, torch.mps
             setter = module.set_rng_state if device == "mps" else partial(module.set_rng_state, device=device)
             state = module.get_rng_state() if device == "mps" else module.get_rng_state(device)
             self._streams.append((setter, state))
+
+    def start_from(self, seed: int) -> None:
+        """Start these streams, and no others, afresh from `seed`: for masks that differ between members."""
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        for device in self._devices:
+            module = getattr(torch, device.partition(":")[0])
+            with contextlib.nullcontext() if device == "mps" else module.device(device):
+                module.manual_seed(seed)  # that of the current device
 
     def rewind(self) -> None:
         """Put the streams back to where they stood."""
@@ -45,13 +57,6 @@ class RandomStreams:
             for (setter, state), (_, now) in zip(self._streams, later._streams, strict=True)
             if not _equal(state, now)
         ]
-
-
-def start_streams_from(seed: int) -> None:
-    """Start all streams afresh from `seed`, for masks that differ between members."""
-    torch.manual_seed(seed)  # all devices
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from gradwise_torch._weights import Entry
 
@@ -28,19 +28,24 @@ class Selection:
     def __init__(self, model: nn.Module | None, perturb: Callable[[str, Tensor], bool] | None) -> None:
         self.model = model
         self._perturb = perturb
+        self._names: dict[int, str] = {}  # by id; a parameter that has left the model keeps its name
         self._seen: list[tuple[int, bool, bool]] | None = None
         self._entries: list[Entry] = []
+        self._strict = self._complete = True
         self._warned: set[str] = set()
         self._sparse: set[int] = set()
 
-    def entries(self, optimizer: Optimizer) -> list[Entry]:
+    def entries(self, groups: list[dict[str, Any]]) -> list[Entry]:
         """The entries to perturb; their index counts every parameter of every group."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        seen = [(id(p), bool(p.requires_grad), bool(is_lazy(p))) for p in parameters]
+        seen = [(id(p), bool(p.requires_grad), bool(is_lazy(p))) for group in groups for p in group["params"]]
         if seen != self._seen:
-            self._entries = self._select(optimizer)
-            self._seen = seen
+            self._entries = self._select(groups)
+            self._seen = seen if self._complete else None
         return self._entries
+
+    def forget(self) -> None:
+        """Look everything up again: ids mean nothing after unpickling."""
+        self._names, self._seen, self._sparse = {}, None, set()
 
     def exclude_sparse(self, parameters: list[Tensor]) -> None:
         """Leave out tensors whose gradients turned out to be sparse: dense noise would undo what sparsity is for."""
@@ -49,27 +54,30 @@ class Selection:
             self._sparse |= found
             self._seen = None
 
-    def _select(self, optimizer: Optimizer) -> list[Entry]:
-        names = {} if self.model is None else {id(p): name for name, p in self.model.named_parameters()}
+    def _select(self, groups: list[dict[str, Any]]) -> list[Entry]:
+        if self.model is not None:
+            self._names |= {id(p): name for name, p in self.model.named_parameters()}
         special = self._special_embeddings()
         entries: list[Entry] = []
         foreign: list[str] = []
-        index = 0
-        for g, group in enumerate(optimizer.param_groups):
-            for i, parameter in enumerate(group["params"]):
-                name = names.get(id(parameter), f"{g}.{i}")
-                if self._wanted(name, parameter, special):
-                    entries.append(Entry(index, group, parameter))
-                    if self.model is not None and id(parameter) not in names:
-                        foreign.append(name)
-                index += 1
-        if foreign:
+        parameters = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
+        for index, (g, i, parameter) in enumerate(parameters):
+            name = self._names.get(id(parameter), f"{g}.{i}")
+            if not self._wanted(name, parameter, special):
+                continue
+            if self.model is None or id(parameter) in self._names:
+                entries.append(Entry(index, g, parameter))
+            else:
+                foreign.append(name)
+        if foreign and self._strict:
             msg = (
                 f"`model` must own the perturbed parameters; it lacks those at group.index {', '.join(foreign[:5])}. "
                 "Pass the module whose forward uses them (and build the optimizer from that module's parameters), or "
                 "leave them out with `perturb`"
             )
             raise ValueError(msg)
+        self._strict = False  # a parameter that is foreign later may be about to join the model
+        self._complete = not foreign
         return entries
 
     def _wanted(self, name: str, parameter: Tensor, special: dict[int, str]) -> bool:

@@ -12,13 +12,15 @@ from gradwise_torch._noise import unit_noise
 
 __all__ = ["Entry", "Weights"]
 
+_MOVED: set[int] = set()  # ids of all tensors that hold a member at the moment, whoever put it there
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One perturbed tensor: its index over all groups (its noise key), its group and itself."""
+    """One perturbed tensor: its index over all groups (its noise key), its group's index and itself."""
 
     index: int
-    group: dict[str, Any]
+    group: int  # not the dict, which load_state_dict replaces
     parameter: Tensor
 
 
@@ -32,14 +34,18 @@ class Weights:
         self.in_place = False
         self._parameters: list[Tensor] = []
         self._mean: list[Tensor] = []
-        self._versions: list[int] = []
+        self._marks: list[tuple[Any, ...]] = []
 
-    def scales(self, entries: Sequence[Entry], population: Population, step: int) -> list[Any]:
+    def scales(
+        self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], population: Population, step: int
+    ) -> list[Any]:
         """Standard deviation of the perturbation of every entry, at the weights as they are now."""
+        sigmas = [_sigma_of(group, population, step) for group in groups]
+        # 0 is 0 whatever the weights: 0 * sqrt(mean(w^2)) is NaN for weights that are not finite.
         return [
-            population.scale_of(
-                _at_least_float32(entry.parameter.detach()), step=step, sigma=_group_sigma(entry.group, step), xp=torch
-            )
+            population.scale_of(_at_least_float32(entry.parameter.detach()), sigma=sigmas[entry.group], xp=torch)
+            if sigmas[entry.group]
+            else 0.0
             for entry in entries
         ]
 
@@ -56,6 +62,12 @@ class Weights:
         paired: bool,
     ) -> None:
         """Keep a copy of the mean and move every entry to ``mean + scale * noise``."""
+        if not _MOVED.isdisjoint(id(entry.parameter) for entry in entries):
+            msg = (
+                "a parameter is moved by another PopulationGradient already, whose member is still in place. Step or "
+                "zero_grad that one first, or wrap shared parameters once"
+            )
+            raise RuntimeError(msg)
         self._keep([entry.parameter for entry in entries])
         self.in_place = True
         try:
@@ -80,15 +92,14 @@ class Weights:
         """Copy the mean back; an error, after that, if anybody else wrote to a tensor meanwhile."""
         if not self.in_place:
             return
-        foreign = any(
-            parameter._version != version for parameter, version in zip(self._parameters, self._versions, strict=True)
-        )
+        foreign = any(_written(*pair) for pair in zip(self._parameters, self._marks, strict=True))
         self._restore()
         if foreign:
             msg = (
                 "A parameter was written to while a member of the population was in place; the mean weights are back "
                 "and that write is lost. Change weights inside `with optimizer.mean():`, step with the "
-                "PopulationGradient instead of its `inner_optimizer`, and wrap each parameter once"
+                "PopulationGradient instead of its `inner_optimizer`, and exclude tensors that the model itself writes "
+                "to with `perturb`"
             )
             raise RuntimeError(msg)
 
@@ -99,7 +110,9 @@ class Weights:
 
     def refresh(self) -> None:
         """Take the tensors as they are now as the member (after entering, after unpickling)."""
-        self._versions = [parameter._version for parameter in self._parameters]
+        self._marks = [_mark_of(parameter) for parameter in self._parameters]
+        if self.in_place:
+            _MOVED.update(map(id, self._parameters))
         torch.clear_autocast_cache()  # autocast keeps half-precision copies of the weights
 
     def mean_of(self, tensor: Tensor) -> Tensor | None:
@@ -111,7 +124,7 @@ class Weights:
         return None
 
     @torch.no_grad()
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+    def moments(self) -> Tensor:
         """``z . g``, ``|z|^2`` and ``|w|^2`` over all entries, for the member in place; no device sync."""
         rows: list[Tensor] = []
         for parameter, mean in zip(self._parameters, self._mean, strict=True):
@@ -120,8 +133,7 @@ class Weights:
             slope = z.new_zeros(()) if g is None or g.layout != torch.strided else torch.dot(z, g.flatten().to(z.dtype))
             row = torch.stack([slope, torch.dot(z, z), torch.dot(w, w)])
             rows.append(row.to(device=self._parameters[0].device, dtype=torch.float32))
-        projection, noise, weight = (torch.stack(rows).sum(0) if rows else torch.zeros(3)).unbind()
-        return projection, noise, weight
+        return torch.stack(rows).sum(0) if rows else torch.zeros(3)
 
     def _keep(self, parameters: list[Tensor]) -> None:
         same = len(parameters) == len(self._mean) and all(
@@ -130,7 +142,8 @@ class Weights:
         )
         self._parameters = parameters
         if not same:
-            self._mean = [parameter.detach().clone() for parameter in parameters]
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+                self._mean = [parameter.detach().clone() for parameter in parameters]
         else:
             for mean, parameter in zip(self._mean, parameters, strict=True):
                 mean.copy_(parameter)
@@ -140,15 +153,28 @@ class Weights:
         for parameter, mean in zip(self._parameters, self._mean, strict=True):
             parameter.copy_(mean)
         self.in_place = False
+        _MOVED.difference_update(map(id, self._parameters))
         torch.clear_autocast_cache()
+
+
+def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
+    return parameter._version, parameter.data_ptr(), parameter.dtype, parameter.device
+
+
+def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device]) -> bool:
+    """Whether somebody wrote to a tensor: in place, or to its .data, unless that was a change of dtype or device."""
+    version, address, *kind = mark
+    converted = [parameter.dtype, parameter.device] != kind
+    return parameter._version != version or (parameter.data_ptr() != address and not converted)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _group_sigma(group: dict[str, Any], step: int) -> float | None:
+def _sigma_of(group: dict[str, Any], population: Population, step: int) -> float:
+    """The group's own sigma, a number or a schedule, or else the population's."""
     sigma = group.get("sigma")
-    if callable(sigma):
-        return check_sigma(sigma(step))
-    return None if sigma is None else check_sigma(sigma)
+    if sigma is None:
+        return population.sigma_at(step)
+    return check_sigma(sigma(step) if callable(sigma) else sigma)

@@ -40,15 +40,27 @@ class OptimizerWrapper(Optimizer):
         """The groups of the inner optimizer, themselves."""
         return self.inner_optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:  # type: ignore[override] - as above
+        self.inner_optimizer.param_groups = value
+
     @property
     def state(self) -> Any:  # type: ignore[override] - an attribute in torch
         """The state of the inner optimizer, itself."""
         return self.inner_optimizer.state
 
+    @state.setter
+    def state(self, value: Any) -> None:  # type: ignore[override] - as above
+        self.inner_optimizer.state = value
+
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override] - an attribute in torch
         """The defaults of the inner optimizer, themselves."""
         return self.inner_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.inner_optimizer.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; its tensors join with the next member."""

@@ -191,12 +191,12 @@ class Population:
         generator = np.random.Generator(self._philox(step=step, stream=stream, tensor=tensor, rank=rank))
         if self.noise == "rademacher":
             bits = generator.integers(0, 2, size=shape, dtype=np.int8)
-            return (sign * (2 * bits - 1)).astype(dtype)
+            return np.asarray(sign * (2 * bits - 1), dtype=dtype)
         if np.dtype(dtype) == np.float32:
             values: Any = generator.standard_normal(size=shape, dtype=np.float32)
         else:
             values = generator.standard_normal(size=shape).astype(dtype, copy=False)
-        return values if sign > 0 else np.negative(values)
+        return np.asarray(values if sign > 0 else np.negative(values))  # numpy makes scalars of shape ()
 
     def device_seed(self, *, step: int, stream: int, tensor: int, rank: int = 0) -> int:
         """Digest of a key for generators that take one integer below 2**63, such as those of accelerators.

@@ -20,7 +20,8 @@ class PopulationStatistics:
     loss_spread : float
         Standard deviation (divided by n) of the members' losses, in units of the loss.
     agreement : float
-        ``|mean g|^2 / mean |g|^2`` over the members' gradients, from 1 / members (independent) to 1 (equal).
+        ``|mean g|^2 / mean |g|^2`` over the members' gradients, from 1 / members (independent) to 1 (equal). NaN, like
+        `sharpness`, where a closure adds to earlier gradients (or zeroes them in place, which looks the same).
     sharpness : float
         ``E[z . g(w + z)] / 2`` over the members' perturbations z: how much the loss rises on average around the mean
         weights. Exact for quadratics, where it is ``tr(H Cov z) / 2``; in units of the loss.
@@ -82,13 +83,13 @@ def gradient_agreement(mean_square_norm: float, square_norms: list[float]) -> fl
     return mean_square_norm / mean_of_squares if mean_of_squares else 1.0
 
 
-def sharpness(projections: list[float]) -> float:
-    """Mean rise of the loss over the population, from the members' ``z . g(w + z)``.
+def sharpness(mean_projection: float) -> float:
+    """Mean rise of the loss over the population, from the mean of the members' ``z . g(w + z)``.
 
     For a quadratic loss with Hessian H and perturbations of mean zero, ``E[L(w + z)] - L(w) = E[z'Hz] / 2`` and
     ``E[z . g(w + z)] = E[z'Hz]``; so half the mean of the projections, exact there whatever the loss at w.
     """
-    return math.fsum(projections) / (2 * len(projections)) if projections else math.nan
+    return mean_projection / 2
 
 
 def spread(values: list[float]) -> float:
