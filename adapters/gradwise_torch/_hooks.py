@@ -7,18 +7,28 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from gradwise_torch._members import MemberOptimizer
-
 __all__ = ["MemberEvent"]
 
 _EVENTS: "weakref.WeakKeyDictionary[nn.Module, MemberEvent]" = weakref.WeakKeyDictionary()
+
+
+class Participant(Protocol):
+    """What a `MemberEvent` asks of an optimizer (a `MemberOptimizer`)."""
+
+    @property
+    def hooks_suspended(self) -> bool: ...
+    def wants_member(self) -> bool: ...
+    def start_member(self) -> None: ...
+    def end_member(self) -> None: ...
+    def mean_of(self, parameter: Tensor) -> Tensor | None: ...
+    def perturbs(self, parameters: list[Tensor]) -> bool: ...
+    def retire(self) -> None: ...
 
 
 class Hook:
@@ -51,7 +61,7 @@ class MemberEvent:
 
     def __init__(self) -> None:
         self.suspended = 0  # in closures, member() and mean() of any of the optimizers
-        self._optimizers: list[weakref.ref[MemberOptimizer]] = []
+        self._optimizers: list[weakref.ref[Participant]] = []
         self._handles: list[Any] = []
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
@@ -73,7 +83,7 @@ class MemberEvent:
             ]
         return event
 
-    def join(self, optimizer: "MemberOptimizer", parameters: list[Tensor]) -> None:
+    def join(self, optimizer: Participant, parameters: list[Tensor]) -> None:
         """Let an optimizer take part until it dies, in the place of an older one of the same parameters."""
         for older in self._living():
             if older.perturbs(parameters):
@@ -99,10 +109,10 @@ class MemberEvent:
         """Collect the inputs of the forwards to come in `calls`, or stop."""
         self._calls = calls
 
-    def _living(self) -> "list[MemberOptimizer]":
+    def _living(self) -> list[Participant]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
-    def _left(self, reference: "weakref.ref[MemberOptimizer]") -> None:
+    def _left(self, reference: weakref.ref[Participant]) -> None:
         self._optimizers.remove(reference)
         if not self._optimizers:
             for handle in self._handles:
