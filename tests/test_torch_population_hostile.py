@@ -504,3 +504,24 @@ def test_resetting_the_state_is_the_inner_optimizers() -> None:
     assert not optimizer.inner_optimizer.state
     optimizer.param_groups = optimizer.param_groups[:]
     optimizer.defaults = dict(optimizer.defaults)
+
+
+@pytest.mark.filterwarnings("ignore:.*stays unperturbed:UserWarning")
+def test_sparse_gradients_at_sigma_zero_equal_the_inner_optimizer() -> None:
+    def run(wrap: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(6, 3, sparse=True)
+        inner = torch.optim.SparseAdam(list(embedding.parameters()), lr=0.1)
+        optimizer = PopulationGradient(inner, sigma=0.0, population_size=8) if wrap else inner
+        for tokens in ([0, 1, 1, 4], [2, 2, 2], [5, 0]):
+
+            def closure(tokens: list[int] = tokens) -> Tensor:
+                optimizer.zero_grad()
+                loss = embedding(torch.tensor(tokens)).exp().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)  # type: ignore[arg-type]
+        return [embedding.weight.detach(), *inner.state[embedding.weight].values()]
+
+    assert_same(run(True), run(False))

@@ -74,12 +74,7 @@ def _mean(mean: Tensor | None, value: Tensor | None, count: int) -> Tensor | Non
     value = torch.zeros_like(mean) if value is None and mean is not None else value
     assert mean is not None
     assert value is not None
-    if not value.is_sparse:
-        return running_mean(mean, value, count)
-    # Over the union of both sets of indices, where entries can be subtracted one by one.
-    mean, value = (mean + 0 * value).coalesce(), (value + 0 * mean).coalesce()
-    combined = running_mean(mean.values(), value.values(), count)
-    return torch.sparse_coo_tensor(mean.indices(), combined, mean.shape, is_coalesced=True, check_invariants=False)
+    return running_mean(mean, value, count)  # sparse gradients too: over the union of their rows
 
 
 def _square_norm(gradients: Sequence[Tensor | None]) -> Tensor:
