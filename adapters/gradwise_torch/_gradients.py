@@ -68,12 +68,12 @@ class MemberGradients:
 
 def _mean(mean: Tensor | None, value: Tensor | None, count: int) -> Tensor | None:
     """`running_mean` where a member may have produced no gradient (a branch not taken), which counts as zero."""
-    if mean is None and value is None:
-        return None
-    mean = torch.zeros_like(value) if mean is None and value is not None else mean
-    value = torch.zeros_like(mean) if value is None and mean is not None else value
-    assert mean is not None
-    assert value is not None
+    if mean is None:
+        if value is None:
+            return None
+        mean = torch.zeros_like(value)
+    elif value is None:
+        value = torch.zeros_like(mean)
     return running_mean(mean, value, count)  # sparse gradients too: over the union of their rows
 
 

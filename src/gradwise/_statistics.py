@@ -28,7 +28,7 @@ class PopulationStatistics:
     relative_sigma : float
         ``|z| / |w|`` of the perturbed tensors as stored, after rounding to the dtype of the weights.
     members : int
-        Members that entered the step.
+        Members that counted in the step.
     skipped : int
         Members dropped for a non-finite loss since the optimizer was made (or loaded).
     """
