@@ -303,7 +303,9 @@ def test_functional_transforms_start_no_member() -> None:
     torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(model.named_parameters()), X)
     assert torch.equal(model[0].weight, mean)
     model[0].weight.requires_grad_(False)  # makes the wrapper look its tensors up again, in the middle of a call
+    head = model[2].weight.detach().clone()
     torch.func.functional_call(model, {name: p * 1.0 for name, p in model.named_parameters()}, (X,)).sum().backward()
+    assert not torch.equal(model[2].weight, head)  # still known as the model's, though the call hides it
     optimizer.step()
 
 
