@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradwise.torch import PopulationGradient
 
-TRAINING_ROWS, BATCH, EPOCHS = 100, 20, 30
+TRAINING_ROWS, BATCH, EPOCHS = 100, 20, 20
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def test_demo_draws_and_says_what_it_found(tmp_path: Path) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined] - the StringIO above
     assert "equal to the bit" in text
     assert re.search(r"sigma 0\.3 .*hurts: \+\d", text)
+    assert re.search(r"steps +│ 8x +│[^│]+│[^│]+│ +│", text)  # a method is compared at equal passes, this one with none
     assert re.search(r"derivatives .*helps: -90\.0 %", text)
     assert demo.verdict(np.array([1.0, 2.0]), np.array([2.0, 1.0])).startswith("no difference shown")
     picture = tmp_path / "out" / "demo.png"

@@ -142,6 +142,10 @@ def test_groups_may_set_their_own_sigma() -> None:
 
     assert moved() == [False, False, True]
     assert moved() == [False, True, True]
+    with optimizer.member(0):  # step 2: a relative sigma of 0.5 * 2 for the second layer, 0.1 for the third
+        size = [(layer.weight - m).norm() / m.norm() for layer, m in zip(model, mean, strict=True)]  # type: ignore[operator]
+    assert size[1].item() == pytest.approx(1.0, rel=0.6)  # 16 draws
+    assert size[2].item() == pytest.approx(0.1, rel=0.95)  # 4 draws
     state = optimizer.state_dict()
     assert "sigma" not in state["param_groups"][1]  # callables do not belong into a checkpoint
     optimizer.load_state_dict(state)
