@@ -28,6 +28,7 @@ unit: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto
 
 bench: .venv/.test
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/relative_noise.py
 
 venv: .venv/.test

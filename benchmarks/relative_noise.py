@@ -32,6 +32,11 @@ INNERS = {
 STEPS, MEMBERS = 300, 8
 
 
+def radial_pull(mean: Tensor, gradient: Tensor, z: Tensor) -> Tensor:
+    """What differentiating the scale adds to a member's gradient: ``w (g . z) / |w|^2``."""
+    return mean * (gradient * z).sum() / mean.square().sum()
+
+
 def run(inner: str, rows: int, sigma: float, differentiated: bool, seed: int) -> tuple[float, float]:
     """Test accuracy (%) and log-loss (nats) after the last step."""
     x, y = load_digits(return_X_y=True)
@@ -47,19 +52,19 @@ def run(inner: str, rows: int, sigma: float, differentiated: bool, seed: int) ->
         rows_now = torch.randint(len(train_x), (64,), generator=batches)
         optimizer.zero_grad()
         mean = [w.detach().clone() for w in weights]
-        radial = [torch.zeros(()) for _ in weights]
+        pulls = [torch.zeros_like(w) for w in weights]
         previous: list[Tensor] = [torch.zeros_like(w) for w in weights]
         for member in range(MEMBERS):
             with optimizer.member(member):
                 (nn.functional.cross_entropy(model(train_x[rows_now]), train_y[rows_now]) / MEMBERS).backward()
                 for i, w in enumerate(weights):
                     assert w.grad is not None
-                    radial[i] = radial[i] + ((w.grad - previous[i]) * (w.detach() - mean[i])).sum()
+                    pulls[i] += radial_pull(mean[i], w.grad - previous[i], w.detach() - mean[i])
                     previous[i] = w.grad.clone()
         if differentiated:
-            for w, m, pull in zip(weights, mean, radial, strict=True):
+            for w, pull in zip(weights, pulls, strict=True):
                 assert w.grad is not None
-                w.grad += m * pull / m.square().sum()
+                w.grad += pull
         optimizer.step()
     with torch.no_grad():
         logits = model(test_x)
