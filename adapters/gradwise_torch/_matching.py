@@ -1,46 +1,19 @@
 """Gradient matching for PyTorch: a loss term that makes a model's input derivatives match known ones."""
 
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 
-from gradwise._matching import (
-    LOSSES,
-    REDUCTIONS,
-    check_choice,
-    check_non_negative,
-    known_weights,
-    matching_numerators,
-    reduce_terms,
-)
-from gradwise._matching_scale import SCALES
 from gradwise_torch._batch_coupling import warn_unseen
-from gradwise_torch._double_backward import outside_compilation, require_double_backward
-from gradwise_torch._linearize import Linearization, Model, count_outputs, linearize
+from gradwise_torch._derivative_loss import DerivativeLoss, nothing
+from gradwise_torch._double_backward import outside_compilation
+from gradwise_torch._linearize import Linearization, Model, count_outputs
 from gradwise_torch._matching_goals import Targets
-from gradwise_torch._matching_scales import MatchingScales, processes
-from gradwise_torch._projections import draw_outputs
 
 __all__ = ["GradientMatching"]
 
-_MANY_OUTPUTS = 10
 
-
-class _Call(NamedTuple):
-    """What one call of the loss does."""
-
-    weight: float
-    training: bool
-    number: int
-
-
-class GradientMatching(nn.Module):
+class GradientMatching(DerivativeLoss):
     """Loss term that makes a model's input derivatives match known ones (Sobolev training, Jacobian matching).
 
     With standard deviations sigma_x of the inputs and sigma_y of the outputs, each output contributes
@@ -121,51 +94,6 @@ class GradientMatching(nn.Module):
     >>> loss.item()
     0.0
     """
-
-    calls: Tensor
-    seed: Tensor
-
-    def __init__(
-        self,
-        derivative_weight: float | Callable[[int], float] = 1.0,
-        *,
-        scale: str = "block",
-        projections: int | None = None,
-        loss: str = "mse",
-        interval: int = 1,
-        reduction: str = "mean",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("scale", scale, SCALES)
-        check_choice("loss", loss, LOSSES)
-        check_choice("reduction", reduction, REDUCTIONS)
-        self.derivative_weight = (
-            derivative_weight
-            if callable(derivative_weight)
-            else check_non_negative("derivative_weight", derivative_weight)
-        )
-        self.scale = scale
-        self.projections = None if projections is None else _positive("projections", projections)
-        self.loss = loss
-        self.interval = _positive("interval", interval)
-        self.reduction = reduction
-        # Plain numbers rule and buffers mirror them, so that no call waits for a device to read its own counter.
-        self._calls = 0
-        self._seed = torch.initial_seed() if seed is None else seed
-        self.register_buffer("calls", torch.tensor(0))
-        self.register_buffer("seed", torch.from_numpy(np.array(self._seed % 2**64, dtype=np.uint64).view(np.int64)))
-        self.scales = MatchingScales(scale)
-        self._checked = False  # that torch can differentiate the model twice
-        self._looked = False  # whether the outputs' graph couples rows
-        self._warned_outputs = False
-
-    def extra_repr(self) -> str:
-        """Arguments as given."""
-        return (
-            f"derivative_weight={self.derivative_weight}, scale={self.scale!r}, projections={self.projections}, "
-            f"loss={self.loss!r}, interval={self.interval}, reduction={self.reduction!r}"
-        )
 
     def fit(
         self,
@@ -335,7 +263,7 @@ class GradientMatching(nn.Module):
             raise ValueError(msg)
         call = self._begin()
         if call.weight == 0:
-            return self._finish(call, _nothing(wrt, self.reduction, training=call.training))
+            return self._finish(call, nothing(wrt, self.reduction, training=call.training))
         if not wrt.requires_grad or not y.requires_grad:
             name = "y" if wrt.requires_grad else "wrt"
             msg = (
@@ -351,123 +279,3 @@ class GradientMatching(nn.Module):
         probes: list[Tensor] | None = [] if call.training and not self._checked else None
         linearization = Linearization(wrt, y, y, create_graph=call.training, keep_graph=True, probes=probes)
         return self._finish(call, self._evaluate(call, linearization, targets, n_outputs, sign))
-
-    @outside_compilation
-    def _run(self, model: Model, x: Tensor, targets: Targets, *, values: bool) -> tuple[Tensor | None, Tensor]:
-        call = self._begin()
-        if call.weight == 0:
-            return None, self._finish(call, _nothing(x, self.reduction, training=call.training))
-        with linearize(
-            model,
-            x,
-            values=values,
-            create_graph=call.training,
-            keep_graph=values and torch.is_grad_enabled(),
-            check_callable=not self._looked,
-            probe=call.training and not self._checked,
-        ) as linearization:
-            self._looked = True
-            n_outputs = count_outputs(linearization.outputs, x)
-            loss = self._evaluate(call, linearization, targets, n_outputs, 1)
-        return linearization.values, self._finish(call, loss)
-
-    def _begin(self) -> _Call:
-        training = self.training and torch.is_grad_enabled()
-        weight = self.derivative_weight
-        number = check_non_negative("derivative_weight", weight(self._calls) if callable(weight) else weight)
-        if training:
-            number *= 0 if self._calls % self.interval else self.interval
-        return _Call(number, training, self._calls)
-
-    def _finish(self, call: _Call, loss: Tensor) -> Tensor:
-        # Last, so that a call that fails is no call.
-        if call.training:
-            self._calls += 1
-            self.calls.fill_(self._calls)
-        return loss
-
-    def _evaluate(
-        self, call: _Call, linearization: Linearization, targets: Targets, n_outputs: int, sign: int
-    ) -> Tensor:
-        x = linearization.primal
-        batch = x.shape[0]
-        rank, n_processes = processes()
-        with _full_precision(x.device):
-            goal = targets.goal(x, n_outputs, scale=self.scale)
-            scale, threshold = self.scales.lookup(goal, x, training=call.training)
-        chosen = self._choose(call, rank, batch, n_outputs, x.device)
-        jacobian = linearization.rows(chosen, n_outputs)  # under the caller's autocast, like any backward pass
-        jacobian = jacobian if sign == 1 else -jacobian
-        with _full_precision(x.device):
-            predicted = goal.project(jacobian.to(goal.target.dtype))
-            known = known_weights(goal.target, mask=goal.mask, sample_weight=goal.sample_weight, xp=torch).sum()
-            target, mask, share = goal.target, goal.mask, 1.0
-            if chosen is not None:
-                index = chosen[:, :, None].expand_as(predicted)
-                target = target.gather(1, index)
-                mask = None if mask is None else mask.gather(1, index)
-                scale = None if scale is None else scale[chosen]
-                threshold = threshold[chosen] if isinstance(threshold, Tensor) else threshold
-                share = n_outputs / chosen.shape[1]
-            numerators = matching_numerators(
-                predicted,
-                target,
-                mask=mask,
-                sample_weight=goal.sample_weight,
-                scale=scale,
-                loss=self.loss,
-                threshold=threshold,
-                xp=torch,
-            )
-            if call.training and n_processes > 1 and self.reduction == "mean":
-                dist.all_reduce(known)
-                known = known / n_processes
-            numerators = call.weight * share * goal.multiplier * numerators
-            loss = reduce_terms(numerators, known, reduction=self.reduction, xp=torch)
-        if not call.training:
-            return loss.detach()
-        if not self._checked:
-            # Hooks of distributed wrappers must see one backward pass, not two.
-            if not (dist.is_available() and dist.is_initialized()):
-                require_double_backward(loss, [x, *(linearization.probes or [])])
-            self._checked = True
-        return loss
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._calls, self._seed = int(self.calls), int(self.seed)
-
-    def _choose(self, call: _Call, rank: int, batch: int, n_outputs: int, device: torch.device) -> Tensor | None:
-        if self.projections is None:
-            if n_outputs > _MANY_OUTPUTS and call.training and not self._warned_outputs:
-                self._warned_outputs = True
-                warnings.warn(
-                    f"matching all {n_outputs} outputs takes {n_outputs} backward passes in every call; "
-                    "GradientMatching(projections=1) takes one, for an unbiased estimate",
-                    UserWarning,
-                    stacklevel=5,
-                )
-            return None
-        if self.projections >= n_outputs:
-            return None
-        step = (call.number, 0 if call.training else 1)
-        return draw_outputs((self._seed % 2**64, rank), step, batch, n_outputs, self.projections).to(device)
-
-
-def _nothing(x: Tensor, reduction: str, *, training: bool) -> Tensor:
-    shape = x.shape[:1] if reduction == "none" else ()
-    # Requires gradients, so that `loss.backward()` also works in a loop without another term.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=training)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    # Entering torch.autocast costs as much as a few operations: only where there is something to switch off.
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        msg = f"`{name}` must be a positive whole number; got {value!r}"
-        raise ValueError(msg)
-    return value
