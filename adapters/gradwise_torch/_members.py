@@ -42,6 +42,7 @@ class MemberOptimizer(OptimizerWrapper):
         self._register()
         self._record = MemberRecord()
         self._marks: list[Any] = []
+        self._watched: list[Entry] | None = None
         self._by_hand = False
         self._retired = False
         self._weights.refresh()
@@ -54,7 +55,7 @@ class MemberOptimizer(OptimizerWrapper):
 
     def _asleep(self) -> dict[str, Any]:
         """State for pickle and deepcopy: all but what `_awake` makes, and the `step` that schedulers patch."""
-        transient = {"_record", "_marks", "_by_hand", "_retired", "_event", "step"}
+        transient = {"_record", "_marks", "_watched", "_by_hand", "_retired", "_event", "step"}
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -176,8 +177,9 @@ class MemberOptimizer(OptimizerWrapper):
     def _entries(self) -> list[Entry]:
         """The tensors to perturb, looked up again where parameters have joined, frozen or thawed."""
         entries = self._selection.entries(self.param_groups)
-        if self._event is not None and self.model is not None:
+        if entries is not self._watched and self._event is not None and self.model is not None:
             self._event.watch(self.model, [entry.parameter for entry in entries])
+            self._watched = entries  # a walk over all modules, which is not for every forward
         return entries
 
     def _parameters(self) -> list[Tensor]:
