@@ -263,6 +263,15 @@ def test_hidden_batch_norm_is_seen():
     value_and_jacobian(lambda x: images(x), torch.randn(4, 2, 3))
 
 
+def test_products_take_the_arguments_of_torch_func():
+    x, v = torch.randn(4, 3), torch.randn(4, 3)
+    y, product = jvp(func=torch.sin, primals=(x,), tangents=(v,))
+    torch.testing.assert_close((y, product), torch.func.jvp(torch.sin, (x,), (v,)))
+    assert torch.equal(vjp(func=torch.sin, primals=(x,), cotangents=(v,))[1], vjp(torch.sin, x, v)[1])
+    with pytest.raises(ValueError, match="`primals` must be one tensor"):
+        jvp(torch.sin, (x, x), (v, v))  # type: ignore[arg-type]
+
+
 def test_training_flag_comes_back_after_an_exception():
     model, x = batch_norm_model()
 

@@ -69,25 +69,25 @@ def value_and_jacobian(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @outside_compilation
-def vjp(model: Model, primals: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+def vjp(func: Model, primals: Tensor | tuple[Tensor], cotangents: Tensor | tuple[Tensor]) -> tuple[Tensor, Tensor]:
     """Outputs of a model and one vector-Jacobian product for each sample.
 
-    Computes ``y = model(x)`` and ``sum_o u[i, o] * d y[i, o] / d x[i, j]``, by one forward and one backward pass. Can
+    Computes ``y = func(x)`` and ``sum_o u[i, o] * d y[i, o] / d x[i, j]``, by one forward and one backward pass. Can
     be trained through if gradients are enabled. Batch normalisation is treated as in `value_and_jacobian`.
 
     Parameters
     ----------
-    model : callable
+    func : callable
         A module or function of one tensor.
     primals : Tensor of shape (batch, ...)
-        The inputs x.
+        The inputs x. A tuple of one tensor will do, as torch.func has it; here and below.
     cotangents : Tensor of the shape of y
         The vectors u, in units of something per unit of y.
 
     Returns
     -------
     y : Tensor
-        What the model returns.
+        What `func` returns.
     product : Tensor of the shape of `primals`
         The products, in units of u times y per unit of x.
 
@@ -104,8 +104,9 @@ def vjp(model: Model, primals: Tensor, cotangents: Tensor) -> tuple[Tensor, Tens
     >>> product.tolist()
     [[1.0, 5.0]]
     """
+    primals, cotangents = _single("primals", primals), _single("cotangents", cotangents)
     trainable = torch.is_grad_enabled()
-    with linearize(model, primals, values=True, create_graph=trainable, keep_graph=trainable) as linearization:
+    with linearize(func, primals, values=True, create_graph=trainable, keep_graph=trainable) as linearization:
         if cotangents.shape != linearization.outputs.shape:
             shape = tuple(linearization.outputs.shape)
             msg = f"`cotangents` must have the shape of the outputs, {shape}; got {tuple(cotangents.shape)}"
@@ -115,26 +116,26 @@ def vjp(model: Model, primals: Tensor, cotangents: Tensor) -> tuple[Tensor, Tens
 
 
 @outside_compilation
-def jvp(model: Model, primals: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+def jvp(func: Model, primals: Tensor | tuple[Tensor], tangents: Tensor | tuple[Tensor]) -> tuple[Tensor, Tensor]:
     """Outputs of a model and one Jacobian-vector product for each sample, by forward-mode differentiation.
 
-    Computes ``y = model(x)`` and ``sum_j d y[i, o] / d x[i, j] * v[i, j]`` in one pass, whatever the number of outputs.
+    Computes ``y = func(x)`` and ``sum_j d y[i, o] / d x[i, j] * v[i, j]`` in one pass, whatever the number of outputs.
     Not for training models with layer normalisation: torch differentiates forward mode through it wrongly and silently
     (the gradient is 30 to 50 % off), so that is refused. Batch normalisation is treated as in `value_and_jacobian`.
 
     Parameters
     ----------
-    model : callable
+    func : callable
         A module or function of one tensor.
     primals : Tensor of shape (batch, ...)
-        The inputs x.
+        The inputs x. A tuple of one tensor will do, as torch.func has it; here and below.
     tangents : Tensor of the shape of `primals`
         The directions v, in units of x (or of x per unit of something).
 
     Returns
     -------
     y : Tensor
-        What the model returns.
+        What `func` returns.
     product : Tensor of the shape of y
         The derivatives along v, in units of y for v in units of x.
 
@@ -153,18 +154,19 @@ def jvp(model: Model, primals: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor
     >>> product.tolist()
     [[1.0, 5.0]]
     """
+    primals, tangents = _single("primals", primals), _single("tangents", tangents)
     check_input("primals", primals)
     if tangents.shape != primals.shape:
         msg = f"`tangents` must have the shape of `primals`, {tuple(primals.shape)}; got {tuple(tangents.shape)}"
         raise ValueError(msg)
     trainable = torch.is_grad_enabled()
-    layers = coupled_layers(model)
+    layers = coupled_layers(func)
     values: Tensor | None = None
-    devices = model_devices(model, primals) if layers else []
+    devices = model_devices(func, primals) if layers else []
     before = RandomStreams(devices) if layers else None
     if layers:
-        warn_once(model)
-        values = check_output(model(primals.clone()))
+        warn_once(func)
+        values = check_output(func(primals.clone()))
     after = RandomStreams(devices) if layers else None
     inference = torch.is_inference_mode_enabled()
     _load_forward_mode()
@@ -178,7 +180,7 @@ def jvp(model: Model, primals: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor
         try:
             if before is not None:
                 before.rewind()
-            result: tuple[Any, ...] = torch.func.jvp(lambda x: check_output(model(x.clone())), (x,), (v,))
+            result: tuple[Any, ...] = torch.func.jvp(lambda x: check_output(func(x.clone())), (x,), (v,))
         finally:
             if after is not None:
                 after.rewind()
@@ -238,6 +240,15 @@ def teacher_jacobian(model: Model, x: Tensor) -> Tensor:
 
 
 @cache
+def _single(name: str, value: Tensor | tuple[Tensor]) -> Tensor:
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != 1:
+        msg = f"`{name}` must be one tensor; got {len(value)}. Close over the others: `lambda x: f(x, z)`"
+        raise ValueError(msg)
+    return value[0]
+
+
 def _load_forward_mode() -> None:
     """Let torch import its forward-mode rules, without the DeprecationWarning that it gives itself for them."""
     with warnings.catch_warnings(), forward_ad.dual_level():
