@@ -94,7 +94,7 @@ def train(method: Method, x: Tensor, y: Tensor, dydx: Tensor, seed: int) -> nn.M
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type] - torch's stub wants a float
+    optimizer.step(closure)
     return model
 
 

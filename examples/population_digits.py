@@ -73,7 +73,7 @@ def train(method: Method, seed: int, train_x: Tensor, train_y: Tensor) -> nn.Mod
                 return loss
 
             if method.closure:
-                optimizer.step(closure)  # type: ignore[arg-type] - torch's stub wants a float
+                optimizer.step(closure)
             else:
                 closure()
                 optimizer.step()

@@ -135,7 +135,7 @@ def test_unknown_entries_do_not_reach_the_gradient(loss):
     unknown[1] = True
     assert (gradient[unknown] == 0).all()
     assert (gradient[~unknown] != 0).all()
-    predicted.grad = None  # type: ignore[assignment]
+    predicted.grad = None
     gradient_matching_loss(predicted, torch.full(SHAPE, math.nan), loss=loss, xp=torch).backward()
     gradient = predicted.grad
     assert gradient is not None

@@ -125,8 +125,8 @@ def test_scale_laws(factor: float, sigma: float) -> None:
     """Relative scales follow the weights, absolute ones do not; all are proportional to sigma."""
     weights = np.random.default_rng(0).standard_normal((3, 5))
     for scale, power in (("rms", 1), ("filter", 1), ("absolute", 0)):
-        population = Population(sigma=sigma, scale=scale)  # type: ignore[arg-type]
-        unit = Population(sigma=1.0, scale=scale)  # type: ignore[arg-type]
+        population = Population(sigma=sigma, scale=scale)  # type: ignore[arg-type] - a str where a Literal is meant
+        unit = Population(sigma=1.0, scale=scale)  # type: ignore[arg-type] - a str where a Literal is meant
         np.testing.assert_allclose(
             population.scale_of(factor * weights, xp=np),
             sigma * factor**power * unit.scale_of(weights, xp=np),

@@ -157,7 +157,7 @@ def test_models_that_do_not_depend_on_x_and_other_bad_arguments():
     with pytest.raises(ValueError, match="one row for each of the 4 rows of `x`"):
         value_and_jacobian(lambda x: model(x).sum(), x)
     with pytest.raises(TypeError, match=r"`model` must return one tensor; got tuple"):
-        value_and_jacobian(lambda x: (x,), x)  # type: ignore[arg-type]
+        value_and_jacobian(lambda x: (x,), x)  # type: ignore[arg-type] - wrong on purpose
     with pytest.raises(TypeError, match=r"`x` must be a floating-point tensor; got torch.int64"):
         value_and_jacobian(model, torch.ones(4, 3, dtype=torch.int64))
     for shape in [(4, 1), (2,), (1, 3), (4, 2, 1)]:
@@ -269,7 +269,7 @@ def test_products_take_the_arguments_of_torch_func():
     torch.testing.assert_close((y, product), torch.func.jvp(torch.sin, (x,), (v,)))
     assert torch.equal(vjp(func=torch.sin, primals=(x,), cotangents=(v,))[1], vjp(torch.sin, x, v)[1])
     with pytest.raises(ValueError, match="`primals` must be one tensor"):
-        jvp(torch.sin, (x, x), (v, v))  # type: ignore[arg-type]
+        jvp(torch.sin, (x, x), (v, v))  # type: ignore[arg-type] - wrong on purpose
 
 
 def test_training_flag_comes_back_after_an_exception():

@@ -294,7 +294,7 @@ def test_forces():
     for outputs in (y, y[:, None], y.sum()):
         loss = matching.from_outputs(outputs, wrt=positions, target=2 * forces, sign=-1)
         assert loss.item() == pytest.approx(forces.square().sum(dim=1).mean().item(), rel=1e-6)
-        assert grads(loss, nn.ParameterList([stiffness]))[0].abs() > 0  # type: ignore[arg-type]
+        assert grads(loss, nn.ParameterList([stiffness]))[0].abs() > 0
         (y.sum() + loss).backward(retain_graph=True)  # the graph of y is kept, for the values
     with pytest.raises(ValueError, match="`sign` must be 1 or -1"):
         matching.from_outputs(y, wrt=positions, target=forces, sign=2)
@@ -326,7 +326,7 @@ def test_projections_are_unbiased(n, scale, loss_name):
     choices = [c for c in product(range(OUTPUTS), repeat=n) if len(set(c)) == n]
     losses = []
     for choice in choices:
-        matching._choose = lambda *_, c=choice: torch.tensor([c] * N)  # type: ignore[method-assign]
+        matching._choose = lambda *_, c=choice: torch.tensor([c] * N)  # type: ignore[method-assign] - a fixed draw
         losses.append(matching(model, x, target, sample_weight=weight))
     mean = torch.stack(losses).mean()
     torch.testing.assert_close(mean, expected)

@@ -131,11 +131,11 @@ def test_groups_may_set_their_own_sigma() -> None:
         ]
     )
     optimizer = PopulationGradient(inner, model, sigma=0.1)
-    mean = [layer.weight.detach().clone() for layer in model]  # type: ignore[union-attr]
+    mean = [layer.weight.detach().clone() for layer in model]  # type: ignore[union-attr] - Linear
 
     def moved() -> list[bool]:
         model(X).sum().backward()
-        result = [not torch.equal(layer.weight, m) for layer, m in zip(model, mean, strict=True)]  # type: ignore[arg-type]
+        result = [not torch.equal(layer.weight, m) for layer, m in zip(model, mean, strict=True)]  # type: ignore[arg-type] - Linear
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optimizer.param_groups[2]["lr"] = 0.0
         optimizer.step()
         return result
@@ -143,7 +143,7 @@ def test_groups_may_set_their_own_sigma() -> None:
     assert moved() == [False, False, True]
     assert moved() == [False, True, True]
     with optimizer.member(0):  # step 2: a relative sigma of 0.5 * 2 for the second layer, 0.1 for the third
-        size = [(layer.weight - m).norm() / m.norm() for layer, m in zip(model, mean, strict=True)]  # type: ignore[operator]
+        size = [(layer.weight - m).norm() / m.norm() for layer, m in zip(model, mean, strict=True)]  # type: ignore[operator] - Linear
     assert size[1].item() == pytest.approx(1.0, rel=0.6)  # 16 draws
     assert size[2].item() == pytest.approx(0.1, rel=0.95)  # 4 draws
     state = optimizer.state_dict()
@@ -207,7 +207,7 @@ def test_statistics() -> None:
         loss = (curvature * weight.square()).sum() / 2
         loss.backward()
         losses.append(loss.item())
-        gradients.append(weight.grad.clone())  # type: ignore[union-attr]
+        gradients.append(weight.grad.clone())  # type: ignore[union-attr] - set by backward
         return loss
 
     assert np.isnan(optimizer.statistics.loss_mean)
@@ -268,17 +268,17 @@ def test_random_streams_end_where_a_plain_step_leaves_them(share_masks: bool) ->
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            seen.append((torch.rand(1).item(), random.random(), np.random.rand()))  # noqa: NPY002
+            seen.append((torch.rand(1).item(), random.random(), np.random.rand()))  # noqa: NPY002 - the stream under test
             loss = weight.square().sum()
             loss.backward()
             return loss
 
         torch.manual_seed(0)
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)  # noqa: NPY002 - the stream under test
         optimizer.step(closure)
         assert len(seen) == size
-        return seen, [torch.rand(1).item(), random.random(), np.random.rand()]  # noqa: NPY002
+        return seen, [torch.rand(1).item(), random.random(), np.random.rand()]  # noqa: NPY002 - the stream under test
 
     weight = nn.Parameter(torch.ones(2, 2))
     _, plain = draws(torch.optim.SGD([weight], lr=0.1), 1)
@@ -569,7 +569,7 @@ def test_nonfinite_members_can_be_skipped() -> None:
         loss.backward()
         if calls[0] == 2:
             return loss * float("nan")
-        gradients.append(weight.grad.clone())  # type: ignore[union-attr]
+        gradients.append(weight.grad.clone())  # type: ignore[union-attr] - set by backward
         return loss
 
     optimizer.step(closure)
@@ -722,7 +722,7 @@ def test_bad_arguments(case: str) -> None:
 def test_bad_inner_optimizers() -> None:
     parameters = [nn.Parameter(torch.ones(2, 2))]
     with pytest.raises(TypeError, match=r"`inner_optimizer` must be an instance.*SGD"):
-        PopulationGradient(torch.optim.SGD)  # type: ignore[arg-type]
+        PopulationGradient(torch.optim.SGD)  # type: ignore[arg-type] - wrong on purpose
     with pytest.raises(TypeError, match=r"`inner_optimizer`.*PopulationGradient"):
         PopulationGradient(PopulationGradient(torch.optim.SGD(parameters)))
     with pytest.raises(ValueError, match="`inner_optimizer` must have parameters"):
@@ -735,7 +735,7 @@ def test_bad_use() -> None:
         model(X)
     model, optimizer = setup()
     for index in (-1, 4, 1.5, True):
-        with pytest.raises(ValueError, match="`index`"), optimizer.member(index):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="`index`"), optimizer.member(index):  # type: ignore[arg-type] - on purpose
             pass
     with optimizer.member(0):
         with pytest.raises(RuntimeError, match="`step`"):

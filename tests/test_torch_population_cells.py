@@ -91,7 +91,7 @@ def test_closure_with_sigma_zero_equals_the_inner_optimizer(name: str, inner: st
             ends.append(torch.get_rng_state())
             return loss
 
-        expected.step(rewound if frozen_masks else closure)  # type: ignore[arg-type]
+        expected.step(rewound if frozen_masks else closure)  # type: ignore[arg-type] - torch's stub wants a float
         if frozen_masks:
             torch.set_rng_state(ends[0])
     assert_same(got, snapshot(expected_model, expected))

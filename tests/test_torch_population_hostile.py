@@ -75,7 +75,7 @@ def test_a_flat_gradient_buffer_stays_the_storage(sigma: float) -> None:
             return loss
 
         for _ in range(3):
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)  # type: ignore[arg-type] - torch's stub wants a float
             torch.testing.assert_close(flat, torch.cat([p.grad.flatten() for p in model.parameters()]))
         return [p.detach() for p in model.parameters()]
 
@@ -359,7 +359,7 @@ def test_buffers_that_change_shape_or_begin_as_none(way: str) -> None:
                 loss.backward()
                 return loss
 
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)  # type: ignore[arg-type] - torch's stub wants a float
         assert model.state is not None
         return [model.state, model.last, model.cell.weight.detach()]
 
@@ -523,7 +523,7 @@ def test_sparse_gradients_at_sigma_zero_equal_the_inner_optimizer() -> None:
                 loss.backward()
                 return loss
 
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
         return [embedding.weight.detach(), *inner.state[embedding.weight].values()]
 
     assert_same(run(True), run(False))

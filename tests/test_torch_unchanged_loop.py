@@ -38,7 +38,7 @@ def test_a_training_forward_enters_a_member_and_step_leaves_it() -> None:
     assert not is_mean(weight, mean)
     loss.backward()
     assert is_mean(weight, member)
-    gradient = weight.grad.clone()  # type: ignore[union-attr]
+    gradient = weight.grad.clone()  # type: ignore[union-attr] - set by backward
     optimizer.step()
     assert torch.equal(weight.detach(), mean - 0.1 * gradient)
 
@@ -190,7 +190,7 @@ def test_update_bn_sees_the_mean() -> None:
     loss_of(model, (X, Y)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    torch.optim.swa_utils.update_bn([X], model)  # type: ignore[arg-type]
+    torch.optim.swa_utils.update_bn([X], model)
     expected = (X @ model[0].weight.T + model[0].bias).mean(0)
     torch.testing.assert_close(model[1].running_mean, expected)
 

@@ -193,9 +193,9 @@ def reference_closure_step(
             mean = mean + (loss - mean) / count
         return mean
 
-    loss = inner.step(population_closure)  # type: ignore[arg-type]
+    loss = inner.step(population_closure)  # type: ignore[arg-type] - torch's stub wants a float
     torch.set_rng_state(first_end[0])
-    return loss  # type: ignore[return-value]
+    return loss
 
 
 def reference_loop_step(

@@ -203,7 +203,7 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         msg = f"`{name}` must be a positive whole number; got {value!r}"
         raise ValueError(msg)
     return value

@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from gradwise_torch._autograd_graph import graph_nodes
 from gradwise_torch._batch_coupling import coupled_layers, couples_rows, owner, running_statistics, warn_once
 from gradwise_torch._double_backward import differentiable_kernels, outside_compilation
-from gradwise_torch._linearize import Model, check_input, check_output, count_outputs, linearize, model_devices
-from gradwise_torch._random import RandomStreams
+from gradwise_torch._linearize import Model, check_input, check_output, count_outputs, first_pass, linearize, replayed
 
 __all__ = ["jvp", "teacher_jacobian", "value_and_jacobian", "vjp"]
 
@@ -161,13 +160,9 @@ def jvp(func: Model, primals: Tensor | tuple[Tensor], tangents: Tensor | tuple[T
         raise ValueError(msg)
     trainable = torch.is_grad_enabled()
     layers = coupled_layers(func)
-    values: Tensor | None = None
-    devices = model_devices(func, primals) if layers else []
-    before = RandomStreams(devices) if layers else None
     if layers:
         warn_once(func)
-        values = check_output(func(primals.clone()))
-    after = RandomStreams(devices) if layers else None
+    values, streams = first_pass(func, primals) if layers else (None, None)
     inference = torch.is_inference_mode_enabled()
     _load_forward_mode()
     with (
@@ -175,15 +170,10 @@ def jvp(func: Model, primals: Tensor | tuple[Tensor], tangents: Tensor | tuple[T
         torch.set_grad_enabled(trainable),
         differentiable_kernels(),
         running_statistics(layers),
+        replayed(streams),
     ):
         x, v = (tensor.clone() if inference else tensor for tensor in (primals, tangents.to(primals.dtype)))
-        try:
-            if before is not None:
-                before.rewind()
-            result: tuple[Any, ...] = torch.func.jvp(lambda x: check_output(func(x.clone())), (x,), (v,))
-        finally:
-            if after is not None:
-                after.rewind()
+        result: tuple[Any, ...] = torch.func.jvp(lambda x: check_output(func(x.clone())), (x,), (v,))
     y, product = result
     if trainable and (_crosses_layer_norm(product) or couples_rows(product)):
         msg = (

@@ -13,7 +13,16 @@ from gradwise_torch._batch_coupling import coupled_layers, owner, running_statis
 from gradwise_torch._double_backward import differentiable_kernels, refuse_cudnn_rnn
 from gradwise_torch._random import RandomStreams
 
-__all__ = ["Linearization", "Model", "check_input", "check_output", "count_outputs", "linearize", "model_devices"]
+__all__ = [
+    "Linearization",
+    "Model",
+    "check_input",
+    "check_output",
+    "count_outputs",
+    "first_pass",
+    "linearize",
+    "replayed",
+]
 
 Model = Callable[[Tensor], Tensor]
 
@@ -123,25 +132,14 @@ def linearize(
     if layers:
         warn_once(model)
     refuse_cudnn_rnn(model, twice=create_graph)
-    true_values: Tensor | None = None
-    streams: tuple[RandomStreams, RandomStreams] | None = None
-    if layers and values:
-        devices = model_devices(model, x)
-        before = RandomStreams(devices)
-        true_values = check_output(model(x.clone()))
-        streams = before, RandomStreams(devices)
+    true_values, streams = first_pass(model, x) if layers and values else (None, None)
     # enable_grad alone is not enough in inference mode: tensors made there never require gradients.
     with torch.inference_mode(False), torch.enable_grad(), differentiable_kernels(), running_statistics(layers):
         connected = x.requires_grad and (create_graph or keep_graph)
         primal = x if connected else (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        try:
-            if streams is not None:
-                streams[0].rewind()  # the same dropout masks as in the first pass
+        with replayed(streams):
             # A clone, so that a first layer that works in place does not overwrite what we differentiate by.
             outputs = check_output(model(primal.clone()))
-        finally:
-            if streams is not None:
-                streams[1].rewind()
         if not outputs.requires_grad:
             raise _independent()
         if check_callable and owner(model) is None:
@@ -157,6 +155,31 @@ def linearize(
         )
 
 
+Streams = tuple[RandomStreams, RandomStreams]
+
+
+def first_pass(model: Model, x: Tensor) -> tuple[Tensor, Streams]:
+    """What ``model(x)`` returns, and where the random streams stood before and after it."""
+    module = owner(model)
+    devices = [x.device, *([] if module is None else (parameter.device for parameter in module.parameters()))]
+    before = RandomStreams(devices)
+    values = check_output(model(x.clone()))
+    return values, (before, RandomStreams(devices))
+
+
+@contextmanager
+def replayed(streams: Streams | None) -> Iterator[None]:
+    """A second pass with the dropout masks of the first, which leaves the streams where one pass does."""
+    if streams is None:
+        yield
+        return
+    streams[0].rewind()
+    try:
+        yield
+    finally:
+        streams[1].rewind()
+
+
 def count_outputs(outputs: Tensor, x: Tensor) -> int:
     """Number of outputs of a row, or ValueError if the rows of outputs and x do not correspond."""
     if outputs.ndim == 0 or outputs.shape[0] != x.shape[0]:
@@ -166,11 +189,6 @@ def count_outputs(outputs: Tensor, x: Tensor) -> int:
         )
         raise ValueError(msg)
     return math.prod(outputs.shape[1:])
-
-
-def model_devices(model: Any, x: Tensor) -> list[torch.device]:
-    module = owner(model)
-    return [x.device, *([] if module is None else (parameter.device for parameter in module.parameters()))]
 
 
 def check_input(name: str, x: Any) -> None:

@@ -162,7 +162,7 @@ class PopulationGradient(MemberOptimizer):
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override] - torch overloads it
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of the inner optimizer at the mean weights.
 
         Parameters

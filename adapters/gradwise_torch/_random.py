@@ -26,7 +26,7 @@ class RandomStreams:
             (torch.set_rng_state, torch.get_rng_state()),
             (random.setstate, random.getstate()),
             # The legacy stream is the one that model code uses (SpecAugment masks, for example).
-            (np.random.set_state, np.random.get_state()),  # noqa: NPY002
+            (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - see above
         ]
         self._devices = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
         for device in self._devices:
@@ -39,7 +39,7 @@ class RandomStreams:
         """Start these streams, and no others, afresh from `seed`: for masks that differ between members."""
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy stream, as in __init__
         for device in self._devices:
             module = getattr(torch, device.partition(":")[0])
             with contextlib.nullcontext() if device == "mps" else module.device(device):

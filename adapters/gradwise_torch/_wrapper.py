@@ -36,7 +36,7 @@ class OptimizerWrapper(Optimizer):
         self._patch_step_function()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] - an attribute in torch
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the inner optimizer, themselves."""
         return self.inner_optimizer.param_groups
 
@@ -45,7 +45,7 @@ class OptimizerWrapper(Optimizer):
         self.inner_optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override] - an attribute in torch
+    def state(self) -> Any:
         """The state of the inner optimizer, itself."""
         return self.inner_optimizer.state
 
@@ -54,7 +54,7 @@ class OptimizerWrapper(Optimizer):
         self.inner_optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override] - an attribute in torch
+    def defaults(self) -> dict[str, Any]:
         """The defaults of the inner optimizer, themselves."""
         return self.inner_optimizer.defaults
 

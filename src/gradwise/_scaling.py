@@ -4,9 +4,9 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator  # pyright: ignore[reportMissingTypeStubs] - scikit-learn ships none
-from sklearn.utils.validation import (  # pyright: ignore[reportMissingTypeStubs]
-    check_is_fitted,  # pyright: ignore[reportUnknownVariableType]
+from sklearn.base import BaseEstimator  # pyright: ignore[reportMissingTypeStubs] - scikit-learn ships no types - scikit-learn ships none
+from sklearn.utils.validation import (  # pyright: ignore[reportMissingTypeStubs] - scikit-learn ships no types
+    check_is_fitted,  # pyright: ignore[reportUnknownVariableType] - the same
 )
 
 from gradwise._matching import Array
