@@ -15,6 +15,7 @@ from torch_cells import assert_same, batches, loss_of, make, snapshot
 
 from gradwise import Population
 from gradwise.torch import PopulationGradient
+from gradwise_torch._noise import Noise
 
 X, Y = batches(1)[0]
 
@@ -645,16 +646,18 @@ def test_faults_of_our_own_leave_the_mean(where: str, way: str, monkeypatch: pyt
     def fail(*_: Any, **__: Any) -> Any:
         raise Fault
 
-    unit_noise = Population.unit_noise
+    move = Noise.move
 
-    def fail_second(self: Population, *args: Any, **kwargs: Any) -> Any:
+    def fail_second(self: Noise, *args: Any, **kwargs: Any) -> Any:
         count[0] += 1
         if count[0] == 2:
             raise Fault
-        return unit_noise(self, *args, **kwargs)
+        return move(self, *args, **kwargs)
 
-    if where.startswith("noise"):
-        monkeypatch.setattr(Population, "unit_noise", fail_second if "second" in where else fail)
+    if where == "noise":
+        monkeypatch.setattr(Population, "windows_of", fail)
+    elif where.startswith("noise"):
+        monkeypatch.setattr(Noise, "move", fail_second)
     elif where == "scale":
         monkeypatch.setattr(Population, "scale_of", fail)
     elif where == "inner step":

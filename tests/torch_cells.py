@@ -129,7 +129,7 @@ def perturb_by_hand(
         )
         sigma = population.sigma_at(step)
         with torch.no_grad():
-            p.copy_(wide + torch.from_numpy(noise) * (sigma * wide.square().mean().sqrt()))
+            p.copy_(torch.addcmul(wide, torch.from_numpy(noise), sigma * wide.square().mean().sqrt()))
     return mean
 
 
@@ -165,7 +165,7 @@ def reference_closure_step(
                     noise = population.unit_noise(tuple(p.shape), step=step, member=member, tensor=index, dtype=kind)
                     scale = population.sigma_at(step) * wide.square().mean().sqrt()
                     with torch.no_grad():
-                        p.copy_(here[index].to(wide.dtype) + torch.from_numpy(noise) * scale)
+                        p.copy_(torch.addcmul(here[index].to(wide.dtype), torch.from_numpy(noise), scale))
             inner.zero_grad()
             with torch.enable_grad():
                 loss = loss_of(model, batch)
@@ -177,12 +177,12 @@ def reference_closure_step(
                 if member == 0:
                     gradients.append(None if p.grad is None else p.grad.clone())
                 elif p.grad is not None:
-                    gradients[index] = gradients[index] + (p.grad - gradients[index]) / count
+                    gradients[index] = torch.lerp(gradients[index], p.grad, 1 / count)
             for name, b in model.named_buffers():
                 if member == 0:
                     statistics[name] = b.clone()
                 elif b.is_floating_point():
-                    statistics[name] = statistics[name] + (b - statistics[name]) / count
+                    statistics[name] = statistics[name] + (1 / count) * (b - statistics[name])
             put(parameters, here)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
@@ -190,7 +190,7 @@ def reference_closure_step(
             b.copy_(statistics[name])
         mean = losses[0]
         for count, loss in enumerate(losses[1:], start=2):
-            mean = mean + (loss - mean) / count
+            mean = mean + (1 / count) * (loss - mean)
         return mean
 
     loss = inner.step(population_closure)  # type: ignore[arg-type] - torch's stub wants a float

@@ -30,15 +30,15 @@ class MemberBuffers:
         self._result: Values = []
 
     @torch.no_grad()
-    def collect(self, count: int) -> None:
-        """Take in what the `count`-th member made of the buffers."""
-        if count == 1:
+    def collect(self, fraction: float) -> None:
+        """Take in what a member made of the buffers, as a fraction of all members so far."""
+        if fraction == 1:
             self._result = _clones(self._current())
             return
         for i, ((_, name), value) in enumerate(zip(self._places, self._current(), strict=True)):
             mean = self._result[i]
             if name in AVERAGED and value is not None and mean is not None and value.is_floating_point():
-                self._result[i] = running_mean(mean, value, count)
+                self._result[i] = running_mean(mean, value, fraction)
 
     def rewind(self) -> None:
         """Put the buffers back to where the members start."""

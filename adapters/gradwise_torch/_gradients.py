@@ -1,4 +1,4 @@
-"""Gradients of a closure that runs once per member but should accumulate once."""
+"""Gradients of a loss that is evaluated once per member but should accumulate once."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,47 @@ import torch
 from torch import Tensor
 
 from gradwise._statistics import running_mean
+from gradwise_torch._weights import at_least_float32, total
 
-__all__ = ["MemberGradients"]
+__all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
 
 
 class MemberGradients:
+    """Averages the members' gradients; how ``.grad`` looks before and after is for the two kinds of it to say."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.accumulated = False  # whether a member's gradient may hold what was there before the members
+        self._parameters = parameters
+        self._given = [parameter.grad for parameter in parameters]
+        self._mean: list[Tensor | None] = []
+
+    def rewind(self) -> None:
+        """Put ``.grad`` to where every member starts from."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Put ``.grad`` back to what it was before the members."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def collect(self, fraction: float) -> Tensor:
+        """Take in a member's gradients, as a fraction of all so far; return their squared norm."""
+        produced = [parameter.grad for parameter in self._parameters]
+        if fraction == 1:
+            self._mean = [None if gradient is None else self._kept(gradient.detach()) for gradient in produced]
+        else:
+            self._mean = _means(self._mean, produced, fraction)
+        return square_norm(produced)
+
+    def _kept(self, gradient: Tensor) -> Tensor:
+        return gradient.clone()  # the next member may write to the same storage
+
+    def finish(self) -> Tensor:
+        """Leave the result in ``.grad``; return the squared norm of the mean."""
+        raise NotImplementedError
+
+
+class ClosureGradients(MemberGradients):
     """Gives every member the same ``.grad`` to start from and averages what the members made of it.
 
     Each member accumulates onto what stood in ``.grad`` before the step, as a plain closure would: whether the closure
@@ -19,12 +55,8 @@ class MemberGradients:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.accumulated = False  # whether the closure may have added to what was there
-        self._parameters = parameters
-        self._given = [parameter.grad for parameter in parameters]
+        super().__init__(parameters)
         self._start = [None if gradient is None else gradient.detach().clone() for gradient in self._given]
-        self._mean: list[Tensor | None] = []
-        self._count = 0
 
     def rewind(self) -> None:
         """Put back what was there before the members."""
@@ -34,6 +66,10 @@ class MemberGradients:
                     given.copy_(start)
                 parameter.grad = given
 
+    def restore(self) -> None:
+        """The same."""
+        self.rewind()
+
     def changed(self) -> bool:
         """Whether the closure has made anything of the gradients."""
         return any(
@@ -42,45 +78,101 @@ class MemberGradients:
         )
 
     @torch.no_grad()
-    def collect(self) -> Tensor:
-        """Take in a member's gradients; return their squared norm."""
-        produced = [parameter.grad for parameter in self._parameters]
-        self._count += 1
-        if self._count == 1:
-            # Clones: the next member may write to the same storage.
-            self._mean = [None if gradient is None else gradient.detach().clone() for gradient in produced]
-            pairs = zip(produced, self._given, strict=True)
-            self.accumulated = any(new is not None and new is old for new, old in pairs)
-        else:
-            self._mean = [_mean(*pair, self._count) for pair in zip(self._mean, produced, strict=True)]
-        return _square_norm(produced)
+    def collect(self, fraction: float) -> Tensor:
+        """Take in what a member made of the gradients."""
+        if fraction == 1:
+            self.accumulated = any(
+                given is not None and parameter.grad is given
+                for parameter, given in zip(self._parameters, self._given, strict=True)
+            )
+        return super().collect(fraction)
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Leave the mean in ``.grad``, in the same storage where it still is; return its squared norm."""
+        """Leave the mean in ``.grad``, in the same storage where it still is."""
         for parameter, given, mean in zip(self._parameters, self._given, self._mean, strict=True):
             if given is not None and parameter.grad is given and mean is not None:
                 given.copy_(mean)
             else:
                 parameter.grad = mean
-        return _square_norm(self._mean)
+        return square_norm(self._mean)
 
 
-def _mean(mean: Tensor | None, value: Tensor | None, count: int) -> Tensor | None:
+class AddedGradients(MemberGradients):
+    """Gives every member an empty ``.grad`` and in the end adds the mean to what was there, as one backward does."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters)
+        # A view may be a bucket that the members' own backwards write to (DDP's gradient_as_bucket_view).
+        self._start = [g.detach().clone() if g is not None and is_view(g) else g for g in self._given]
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin with no gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the gradients from before the members back, in their own storage."""
+        for parameter, given, start in zip(self._parameters, self._given, self._start, strict=True):
+            if given is not None and start is not None and start is not given:
+                given.copy_(start)
+            parameter.grad = given
+
+    def _kept(self, gradient: Tensor) -> Tensor:
+        return gradient.clone() if is_view(gradient) else gradient
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """Leave ``what was there + mean`` in ``.grad``."""
+        self.restore()
+        add_gradients(self._parameters, self._mean)
+        return square_norm(self._mean)
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Accumulate in ``.grad``."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            if gradient.is_sparse and not parameter.grad.is_sparse:
+                parameter.grad.add_(gradient)
+            else:
+                parameter.grad = (
+                    parameter.grad + gradient if parameter.grad.is_sparse else parameter.grad.add_(gradient)
+                )
+
+
+def is_view(gradient: Tensor) -> bool:
+    """Whether somebody else may own the storage."""
+    return not gradient.is_sparse and (gradient._is_view() or gradient.storage_offset() != 0)
+
+
+def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], fraction: float) -> list[Tensor | None]:
     """`running_mean` where a member may have produced no gradient (a branch not taken), which counts as zero."""
-    if mean is None:
-        if value is None:
-            return None
-        mean = torch.zeros_like(value)
-    elif value is None:
-        value = torch.zeros_like(mean)
-    return running_mean(mean, value, count)  # sparse gradients too: over the union of their rows
+    result: list[Tensor | None] = []
+    dense: tuple[list[Tensor], list[Tensor]] = [], []
+    for mean, value in zip(means, values, strict=True):
+        if mean is None and value is not None:
+            mean = torch.zeros_like(value)
+        elif value is None and mean is not None:
+            value = torch.zeros_like(mean)
+        if mean is not None and value is not None:
+            if mean.is_sparse or value.is_sparse or mean.dtype != value.dtype:
+                mean = running_mean(mean, value, fraction)  # over the union of the rows
+            else:
+                dense[0].append(mean)
+                dense[1].append(value)
+        result.append(mean)
+    if dense[0]:
+        torch._foreach_lerp_(*dense, fraction)  # running_mean in place
+    return result
 
 
-def _square_norm(gradients: Sequence[Tensor | None]) -> Tensor:
+def square_norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    """``|g|^2`` over all tensors, in float32 or better; no device sync."""
     present = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
-    if not present:
-        return torch.zeros(())
-    device = present[0].device
-    norms = [torch.linalg.vector_norm(g.detach(), dtype=torch.promote_types(g.dtype, torch.float32)) for g in present]
-    return torch.stack([norm.square().to(device=device, dtype=torch.float32) for norm in norms]).sum()
+    return total([torch.linalg.vector_norm(at_least_float32(g.detach())).square() for g in present])

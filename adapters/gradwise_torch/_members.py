@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradwise._population import Population
 from gradwise_torch._hooks import MemberEvent
+from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._selection import Selection
 from gradwise_torch._statistics import MemberRecord
 from gradwise_torch._weights import Entry, Weights
 from gradwise_torch._wrapper import OptimizerWrapper
 
-__all__ = ["MemberOptimizer", "process_rank"]
+__all__ = ["MemberOptimizer"]
 
 
 class MemberOptimizer(OptimizerWrapper):
@@ -81,7 +81,7 @@ class MemberOptimizer(OptimizerWrapper):
             raise ValueError(msg)
         self._check_not_by_hand("member")
         self.end_member()
-        self._enter(member=index, paired=True)
+        self._enter(self._perturbation(paired=True), index)
         self._by_hand = True
         try:
             with self._suspended_hooks():
@@ -144,7 +144,7 @@ class MemberOptimizer(OptimizerWrapper):
         """Replace the member in place, if any, by the next one."""
         self.end_member()
         self._marks = _marks_of(self._parameters())
-        self._enter(member=self._loop_member, paired=False)
+        self._enter(self._perturbation(paired=False), self._loop_member)
         self._in_loop = True
         self._loop_member += 1
 
@@ -163,16 +163,25 @@ class MemberOptimizer(OptimizerWrapper):
     def _before_state(self) -> None:
         self.end_member()
 
-    def _enter(self, *, member: int, paired: bool) -> None:
-        entries = self._entries()
-        scales = self._weights.scales(entries, self.param_groups, self.population, self._step)
-        self._weights.enter(
-            entries, scales, self.population, step=self._step, member=member, rank=process_rank(), paired=paired
+    def _perturbation(self, *, first: int = 0, paired: bool) -> Perturbation:
+        """The members of this step, around the weights as they are now."""
+        return Perturbation(
+            self._weights,
+            self._entries(),
+            self.param_groups,
+            self.population,
+            step=self._step,
+            first=first,
+            paired=paired,
         )
+
+    def _enter(self, perturbation: Perturbation, member: int) -> None:
+        perturbation.enter(member)
         if not self._saw_member:
             self._record = MemberRecord()
+            self._record.relative_sizes = perturbation.relative_sizes()
             self._saw_member = True
-        self._record.add_member(self._weights.moments())
+        self._record.add_member()
 
     def _entries(self) -> list[Entry]:
         """The tensors to perturb, looked up again where parameters have joined, frozen or thawed."""
@@ -215,9 +224,3 @@ class MemberOptimizer(OptimizerWrapper):
 def _marks_of(parameters: list[Tensor]) -> list[Any]:
     """Gradients as they are now, by identity and version, without keeping them alive."""
     return [None if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in parameters]
-
-
-def process_rank() -> int:
-    """The word of the noise keys that tells this process from others."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

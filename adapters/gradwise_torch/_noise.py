@@ -1,38 +1,68 @@
-"""Unit noise as tensors: the core's own streams on CPU, the device's generator elsewhere."""
+"""The core's unit noise as tensors: windows of a table on each device, added to weights without a copy."""
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from gradwise._population import Population
+from gradwise._noise import Window, noise_table
 
-__all__ = ["unit_noise"]
+__all__ = ["Noise"]
 
 
-def unit_noise(
-    population: Population, like: Tensor, *, step: int, member: int, tensor: int, rank: int, paired: bool
-) -> Tensor:
-    """Unit noise with the shape and device of `like`, in float64 for float64 and in float32 for everything narrower.
+@lru_cache(maxsize=64)
+def _table(noise: str, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # else it could not be used outside of inference mode
+        return torch.from_numpy(noise_table(noise)).to(device)
 
-    Half precision gets float32 noise so that the perturbed weight is rounded once, after the sum.
+
+class Noise:
+    """The unit noise of one tensor of one member, not yet gathered.
+
+    Parameters
+    ----------
+    distribution : str
+        ``Population.noise``.
+    windows : sequence of Window
+        ``Population.windows_of`` for this tensor.
+    like : Tensor
+        Gives shape and device.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if like.device.type == "cpu":
-        # Not torch's CPU generator: its Mersenne Twister keeps 32 bits of a seed, so keys would collide.
-        noise = population.unit_noise(
-            tuple(like.shape),
-            step=step,
-            member=member,
-            tensor=tensor,
-            rank=rank,
-            paired=paired,
-            dtype="float64" if dtype == torch.float64 else "float32",
-        )
-        return torch.from_numpy(noise)
-    stream, sign = population.stream_of(member, paired=paired)
-    generator = torch.Generator(device=like.device)
-    generator.manual_seed(population.device_seed(step=step, stream=stream, tensor=tensor, rank=rank))
-    if population.noise == "rademacher":
-        noise = torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(dtype).mul_(2).sub_(1)
-    else:
-        noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=dtype)
-    return noise if sign > 0 else noise.neg_()
+
+    def __init__(self, distribution: str, windows: Sequence[Window], like: Tensor) -> None:
+        table = _table(distribution, like.device)
+        self._shape = like.shape
+        self._parts = [(table[offset : offset + length], sign) for offset, length, sign in windows]
+
+    def gathered(self) -> Tensor:
+        """The noise itself, in float32."""
+        if len(self._parts) == 1:
+            part, sign = self._parts[0]
+            return (part if sign > 0 else -part).view(self._shape)
+        return torch.cat([part * sign for part, sign in self._parts] or [torch.zeros(0)]).view(self._shape)
+
+    def move(self, out: Tensor, mean: Tensor, scale: Tensor) -> None:
+        """``out = mean + scale * noise``; in half precision the sum is rounded once."""
+        if len(self._parts) == 1:
+            part, sign = self._parts[0]
+            torch.addcmul(mean, part.view(self._shape), scale, value=sign, out=out)
+        elif scale.ndim == 0 and out.is_contiguous() and mean.is_contiguous():
+            lengths = [len(part) for part, _ in self._parts]
+            pieces = zip(out.view(-1).split(lengths), mean.view(-1).split(lengths), self._parts, strict=True)
+            for to, source, (part, sign) in pieces:
+                torch.addcmul(source, part, scale, value=sign, out=to)
+        else:
+            torch.addcmul(mean, self.gathered(), scale, out=out)
+
+    def dot(self, values: Tensor, scale: Tensor) -> Tensor:
+        """``sum(scale * noise * values)``, in float32 or better."""
+        if scale.ndim:
+            return (self.gathered() * scale * values).sum()
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        pieces = values.flatten().split([len(part) for part, _ in self._parts])
+        dots = [
+            sign * torch.dot(part.to(dtype), piece.to(dtype))
+            for piece, (part, sign) in zip(pieces, self._parts, strict=True)
+        ]
+        return scale * (dots[0] if len(dots) == 1 else torch.stack(dots).sum()) if dots else values.new_zeros(())

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from gradwise._population import Population
 from gradwise._statistics import PopulationStatistics
 from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
-from gradwise_torch._closure import PopulationClosure
-from gradwise_torch._members import MemberOptimizer, process_rank
+from gradwise_torch._gradients import ClosureGradients
+from gradwise_torch._member_loop import MemberLoop
+from gradwise_torch._members import MemberOptimizer
 
 __all__ = ["PopulationGradient"]
 
@@ -208,29 +209,27 @@ class PopulationGradient(MemberOptimizer):
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         calls: list[tuple[Any, ...]] = []
-        population_closure = PopulationClosure(
-            closure,
-            self._weights,
-            self._entries(),
-            self.param_groups,
-            self.population,
-            step=self._step,
-            rank=process_rank(),
+        loop = MemberLoop(
+            lambda _: closure(),
+            self._perturbation(paired=True),
+            self._parameters(),
+            ClosureGradients,
+            sizes=[1] * self.population.size,
+            masks="shared" if self._share_masks else "fresh",
             model=self.model,
             on_nonfinite=self._on_nonfinite,
-            share_masks=self._share_masks,
             clean_forward=None if self._norm_statistics == "mean" else lambda: self._clean_forward(calls),
         )
         with self._suspended_hooks():
             if self._norm_statistics == "recalibrate" and self._event is not None:
                 self._event.record_calls(calls)
             try:
-                return self.inner_optimizer.step(population_closure)  # type: ignore[arg-type] - None, as a closure may
+                return self.inner_optimizer.step(loop)  # type: ignore[arg-type] - None, as a closure may
             finally:
                 if self._event is not None:
                     self._event.record_calls(None)
-                self._record = population_closure.record
-                self._skipped += population_closure.skipped
+                self._record = loop.record
+                self._skipped += loop.skipped
 
     @torch.no_grad()
     def _clean_forward(self, calls: list[tuple[Any, ...]]) -> None:

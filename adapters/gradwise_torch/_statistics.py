@@ -12,37 +12,36 @@ __all__ = ["MemberRecord"]
 
 
 class MemberRecord:
-    """Losses, gradient norms and perturbation moments of the members of one step, unread."""
+    """Losses, gradient norms and slopes of the members of one step, unread."""
 
     def __init__(self) -> None:
         self.members = 0
         self.mean_square_norm: Tensor | None = None
+        self.relative_sizes: Tensor | None = None  # |z|^2 and |w|^2 of the first member
         self._losses: list[Any] = []
         self._square_norms: list[Tensor] = []
-        self._moments: Tensor | None = None  # sums of z . g, |z|^2 and |w|^2: bounded, however many members
+        self._slopes: list[Tensor] = []
 
-    def add_member(self, moments: Tensor, *, loss: Any = None, square_norm: Tensor | None = None) -> None:
-        """Take in one member; only a closure knows its loss and its own gradient."""
+    def add_member(self, *, loss: Any = None, square_norm: Tensor | None = None, slope: Tensor | None = None) -> None:
+        """Take in one member; the unchanged loop does not know its loss and its own gradient."""
         self.members += 1
-        self._moments = moments if self._moments is None else self._moments + moments
-        if square_norm is not None:
+        if square_norm is not None and slope is not None:
             self._losses.append(loss)
             self._square_norms.append(square_norm)
+            self._slopes.append(slope)
 
     def loss_values(self) -> list[float]:
         """The losses as numbers, with one device sync."""
-        if not self._losses or not isinstance(self._losses[0], Tensor):
-            return [float(loss) for loss in self._losses]
-        return torch.stack([torch.as_tensor(loss) for loss in self._losses]).tolist()
+        return _numbers(self._losses)
 
     def read(self, *, skipped: int) -> PopulationStatistics:
         """The statistics as numbers, with the device syncs that this takes."""
         losses = self.loss_values()
-        projection, noise, weight = [math.nan] * 3 if self._moments is None else self._moments.tolist()
+        noise, weight = [math.nan] * 2 if self.relative_sizes is None else self.relative_sizes.tolist()
         agreement = rise = math.nan
         if self.mean_square_norm is not None:
-            agreement = gradient_agreement(float(self.mean_square_norm), torch.stack(self._square_norms).tolist())
-            rise = sharpness(projection / self.members)
+            agreement = gradient_agreement(float(self.mean_square_norm), _numbers(self._square_norms))
+            rise = sharpness(math.fsum(_numbers(self._slopes)) / len(self._slopes))
         return PopulationStatistics(
             loss_mean=math.fsum(losses) / len(losses) if losses else math.nan,
             loss_spread=spread(losses),
@@ -52,3 +51,9 @@ class MemberRecord:
             members=self.members,
             skipped=skipped,
         )
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    if not values or not isinstance(values[0], Tensor):
+        return [float(value) for value in values]
+    return torch.stack([torch.as_tensor(value) for value in values]).tolist()

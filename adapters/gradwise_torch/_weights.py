@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gradwise._population import Population, check_sigma
-from gradwise_torch._noise import unit_noise
+from gradwise_torch._noise import Noise
 
-__all__ = ["Entry", "Weights"]
+__all__ = ["Entry", "Weights", "at_least_float32", "total"]
 
 _MOVED: set[int] = set()  # ids of all tensors that hold a member at the moment, whoever put it there
 
@@ -38,30 +38,37 @@ class Weights:
 
     def scales(
         self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], population: Population, step: int
-    ) -> list[Any]:
-        """Standard deviation of the perturbation of every entry, at the weights as they are now."""
+    ) -> list[Tensor | None]:
+        """Standard deviation of the perturbation of every entry, at the weights as they are now; None for sigma 0."""
         sigmas = [_sigma_of(group, population, step) for group in groups]
-        # 0 is 0 whatever the weights: 0 * sqrt(mean(w^2)) is NaN for weights that are not finite.
-        return [
-            population.scale_of(_at_least_float32(entry.parameter.detach()), sigma=sigmas[entry.group], xp=torch)
-            if sigmas[entry.group]
-            else 0.0
-            for entry in entries
-        ]
+        scales: list[Tensor | None] = []
+        for entry in entries:
+            scale: Any = None
+            if sigmas[entry.group]:  # 0 is 0 whatever the weights: 0 * sqrt(mean(w^2)) is NaN for weights not finite
+                weights = at_least_float32(entry.parameter.detach())
+                scale = population.scale_of(weights, sigma=sigmas[entry.group], xp=torch)
+                scale = scale if isinstance(scale, Tensor) else weights.new_tensor(scale)
+            scales.append(scale)
+        return scales
 
     @torch.no_grad()
-    def enter(
-        self,
-        entries: Sequence[Entry],
-        scales: Sequence[Any],
-        population: Population,
-        *,
-        step: int,
-        member: int,
-        rank: int,
-        paired: bool,
-    ) -> None:
-        """Keep a copy of the mean and move every entry to ``mean + scale * noise``."""
+    def enter(self, entries: Sequence[Entry], scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> None:
+        """Move every entry to ``mean + scale * noise``, having kept a copy of the mean; from one member to the next."""
+        if self.in_place:
+            self._check_untouched()
+        else:
+            self._begin(entries)
+        try:
+            for parameter, mean, scale, noise in zip(self._parameters, self._mean, scales, noises, strict=True):
+                if scale is not None:
+                    # A write that autograd's version counters see, unlike those to .data.
+                    noise.move(parameter, mean, scale)
+        except BaseException:
+            self._restore()
+            raise
+        self.refresh()
+
+    def _begin(self, entries: Sequence[Entry]) -> None:
         if not _MOVED.isdisjoint(id(entry.parameter) for entry in entries):
             msg = (
                 "a parameter is moved by another PopulationGradient already, whose member is still in place. Step or "
@@ -70,31 +77,16 @@ class Weights:
             raise RuntimeError(msg)
         self._keep([entry.parameter for entry in entries])
         self.in_place = True
-        try:
-            for entry, scale in zip(entries, scales, strict=True):
-                parameter = entry.parameter
-                if isinstance(scale, float) and scale == 0:
-                    continue
-                noise = unit_noise(
-                    population, parameter, step=step, member=member, tensor=entry.index, rank=rank, paired=paired
-                ).mul_(scale)
-                # Half precision: the sum is rounded once. copy_ and add_ are seen by autograd, writes to .data are not.
-                if noise.dtype == parameter.dtype:
-                    parameter.add_(noise)
-                else:
-                    parameter.copy_(noise.add_(parameter))
-        except BaseException:
-            self._restore()
-            raise
-        self.refresh()
 
     def leave(self) -> None:
         """Copy the mean back; an error, after that, if anybody else wrote to a tensor meanwhile."""
-        if not self.in_place:
-            return
-        foreign = any(_written(*pair) for pair in zip(self._parameters, self._marks, strict=True))
-        self._restore()
-        if foreign:
+        if self.in_place:
+            self._check_untouched()
+            self._restore()
+
+    def _check_untouched(self) -> None:
+        if any(_written(*pair) for pair in zip(self._parameters, self._marks, strict=True)):
+            self._restore()
             msg = (
                 "A parameter was written to while a member of the population was in place; the mean weights are back "
                 "and that write is lost. Change weights inside `with optimizer.mean():`, step with the "
@@ -118,22 +110,34 @@ class Weights:
     def mean_of(self, tensor: Tensor) -> Tensor | None:
         """The kept mean of `tensor`, or None if it is not perturbed at the moment."""
         if self.in_place:
-            for parameter, mean in zip(self._parameters, self._mean, strict=True):
+            for parameter, mean in self._pairs():
                 if parameter is tensor:
                     return mean
         return None
 
     @torch.no_grad()
-    def moments(self) -> Tensor:
-        """``z . g``, ``|z|^2`` and ``|w|^2`` over all entries, for the member in place; no device sync."""
-        rows: list[Tensor] = []
-        for parameter, mean in zip(self._parameters, self._mean, strict=True):
-            z = (_at_least_float32(parameter) - mean).flatten()
-            w, g = _at_least_float32(mean).flatten(), parameter.grad
-            slope = z.new_zeros(()) if g is None or g.layout != torch.strided else torch.dot(z, g.flatten().to(z.dtype))
-            row = torch.stack([slope, torch.dot(z, z), torch.dot(w, w)])
-            rows.append(row.to(device=self._parameters[0].device, dtype=torch.float32))
-        return torch.stack(rows).sum(0) if rows else torch.zeros(3)
+    def slope(self, scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> Tensor:
+        """``z . g`` over all entries, for the member in place and the gradients as they are; no device sync."""
+        slopes = [
+            noise.dot(parameter.grad, scale)
+            for parameter, scale, noise in zip(self._parameters, scales, noises, strict=True)
+            if scale is not None and parameter.grad is not None and parameter.grad.layout == torch.strided
+        ]
+        return total(slopes)
+
+    @torch.no_grad()
+    def relative_sizes(self) -> Tensor:
+        """``|z|^2`` and ``|w|^2`` over all entries, for the member in place; no device sync."""
+        pairs = [(at_least_float32(p.detach()), at_least_float32(m)) for p, m in self._pairs()]
+        return torch.stack(
+            [
+                total([torch.dist(parameter, mean).square() for parameter, mean in pairs]),
+                total([torch.linalg.vector_norm(mean).square() for _, mean in pairs]),
+            ]
+        )
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._parameters, self._mean, strict=True))
 
     def _keep(self, parameters: list[Tensor]) -> None:
         same = len(parameters) == len(self._mean) and all(
@@ -150,7 +154,7 @@ class Weights:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for parameter, mean in zip(self._parameters, self._mean, strict=True):
+        for parameter, mean in self._pairs():
             parameter.copy_(mean)
         self.in_place = False
         _MOVED.difference_update(map(id, self._parameters))
@@ -168,8 +172,17 @@ def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device]
     return parameter._version != version or (parameter.data_ptr() != address and not converted)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself in double precision and float32, a float32 copy of what is narrower."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def total(scalars: Sequence[Tensor]) -> Tensor:
+    """Sum over tensors that may live on several devices, in float32."""
+    if not scalars:
+        return torch.zeros(())
+    device = scalars[0].device
+    return torch.stack([scalar.to(device=device, dtype=torch.float32) for scalar in scalars]).sum()
 
 
 def _sigma_of(group: dict[str, Any], population: Population, step: int) -> float:

@@ -1,9 +1,7 @@
 """What a member of the population is: its noise, its scale, and the keys that make both reproducible."""
 
-import hashlib
 import math
 import numbers
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from gradwise._noise import Window, key_seed, key_windows, noise_table
 
 __all__ = ["Population"]
 
@@ -155,6 +155,33 @@ class Population:
             return member // 2, 1 - 2 * (member % 2)
         return member, 1
 
+    def windows_of(
+        self, size: int, *, step: int, member: int, tensor: int, rank: int = 0, paired: bool = True
+    ) -> tuple[Window, ...]:
+        """Where the unit noise of one tensor of one member stands in the noise table.
+
+        The same key always gives the same noise, on every machine and device; no random state is touched. Each of the
+        windows counts with its sign, and with that of the member within its antithetic pair, which is in it already.
+
+        Parameters
+        ----------
+        size : int
+            Number of elements of the tensor.
+        step, member, tensor, rank : int
+            The key, together with `seed`. `tensor` is the tensor's index, `rank` that of the process.
+        paired : bool
+            See `stream_of`.
+
+        Returns
+        -------
+        tuple of (offset, length, sign)
+            Into ``noise_table(self.noise)``.
+        """
+        stream, sign = self.stream_of(member, paired=paired)
+        words = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
+        windows = key_windows(words, size)
+        return windows if sign > 0 else tuple((offset, length, -own) for offset, length, own in windows)
+
     def unit_noise(
         self,
         shape: tuple[int, ...],
@@ -166,58 +193,37 @@ class Population:
         paired: bool = True,
         dtype: npt.DTypeLike = np.float64,
     ) -> npt.NDArray[np.floating[Any]]:
-        """Unit noise of one tensor of one member.
-
-        The same key always gives the same noise, on every machine; different keys read disjoint parts of Philox's
-        counter space (Salmon et al., 2011), so that two streams never overlap. No global random state is touched.
+        """Unit noise of one tensor of one member, as an array of its own: the numbers that `windows_of` points to.
 
         Parameters
         ----------
         shape : tuple of int
             Shape of the tensor.
-        step, member, tensor, rank : int
-            The key, together with `seed`. `tensor` is the tensor's index, `rank` that of the process.
-        paired : bool
-            See `stream_of`.
+        step, member, tensor, rank, paired
+            See `windows_of`.
         dtype : numpy dtype
-            float32 or float64.
+            The numbers have the precision of float32 whatever this is.
 
         Returns
         -------
         ndarray of shape `shape`
             Mean 0, standard deviation 1, no unit.
         """
-        stream, sign = self.stream_of(member, paired=paired)
-        generator = np.random.Generator(self._philox(step=step, stream=stream, tensor=tensor, rank=rank))
-        if self.noise == "rademacher":
-            bits = generator.integers(0, 2, size=shape, dtype=np.int8)
-            return np.asarray(sign * (2 * bits - 1), dtype=dtype)
-        if np.dtype(dtype) == np.float32:
-            values: Any = generator.standard_normal(size=shape, dtype=np.float32)
-        else:
-            values = generator.standard_normal(size=shape).astype(dtype, copy=False)
-        return np.asarray(values if sign > 0 else np.negative(values))  # numpy makes scalars of shape ()
+        table = noise_table(self.noise)
+        windows = self.windows_of(math.prod(shape), step=step, member=member, tensor=tensor, rank=rank, paired=paired)
+        parts = [sign * table[offset : offset + length] for offset, length, sign in windows]
+        return np.concatenate([*parts, table[:0]]).astype(dtype, copy=False).reshape(shape)
 
     def device_seed(self, *, step: int, stream: int, tensor: int, rank: int = 0) -> int:
-        """Digest of a key for generators that take one integer below 2**63, such as those of accelerators.
+        """Seed below 2**63 for generators that are not ours (dropout masks of a member), from a key."""
+        return key_seed(self._words(step=step, stream=stream, tensor=tensor, rank=rank))
 
-        Five words do not fit into one, so uniqueness is that of a 63-bit hash: for n keys the chance of one clash is
-        about n**2 / 2**64.
-        """
-        words = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
-        digest = hashlib.blake2b(struct.pack("<5Q", *words), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
-
-    def _philox(self, *, step: int, stream: int, tensor: int, rank: int) -> np.random.Philox:
-        seed, rank, step, stream, tensor = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
-        # The lowest word of the counter is the position within the stream: 2**64 blocks before the next stream starts.
-        counter = np.array([0, tensor, stream, step], dtype=np.uint64)
-        return np.random.Philox(counter=counter, key=np.array([seed, rank], dtype=np.uint64))
-
-    def _words(self, *, step: int, stream: int, tensor: int, rank: int) -> tuple[int, int, int, int, int]:
-        for name, value in (("step", step), ("member", stream), ("tensor", tensor), ("rank", rank)):
-            _check_word(name, value)
-        return self.seed, rank, step, stream, tensor
+    def _words(self, *, step: int, stream: int, tensor: int, rank: int) -> tuple[int, ...]:
+        words = (self.seed, rank, step, stream, tensor)
+        if not all(type(word) is int and 0 <= word < _WORD for word in words):  # the quick look
+            for name, value in (("step", step), ("member", stream), ("tensor", tensor), ("rank", rank)):
+                _check_word(name, value)
+        return words
 
 
 def check_sigma(sigma: Any) -> float:

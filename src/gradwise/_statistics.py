@@ -26,7 +26,7 @@ class PopulationStatistics:
         ``E[z . g(w + z)] / 2`` over the members' perturbations z: how much the loss rises on average around the mean
         weights. Exact for quadratics, where it is ``tr(H Cov z) / 2``; in units of the loss.
     relative_sigma : float
-        ``|z| / |w|`` of the perturbed tensors as stored, after rounding to the dtype of the weights.
+        ``|z| / |w|`` of the perturbed tensors of the step's first member as stored, after rounding to their dtype.
     members : int
         Members that counted in the step.
     skipped : int
@@ -42,18 +42,19 @@ class PopulationStatistics:
     skipped: int = 0
 
 
-def running_mean(mean: ArrayT, value: ArrayT, count: int) -> ArrayT:
-    """Mean of `count` values from the mean of the first ``count - 1`` and the last.
+def running_mean(mean: ArrayT, value: ArrayT, fraction: float) -> ArrayT:
+    """Mean of the values so far from the mean of all but the last, and the last.
 
-    Computes ``mean + (value - mean) / count``: for equal values this is exact in floating point at every count, which
-    ``sum / count`` is not. That is what makes sigma=0 equal the plain optimizer bit for bit.
+    Computes ``mean + fraction * (value - mean)``, which for equal values is exact in floating point at every count;
+    ``sum / count`` is not. That is what makes sigma=0 equal the plain optimizer bit for bit. ``torch.lerp`` computes
+    the same in one pass.
 
     Parameters
     ----------
     mean, value : array or float of the same shape
-        Ignored and new value; `mean` does not matter when `count` is 1.
-    count : int
-        How many values the result is the mean of, from 1.
+        Ignored and new value; `mean` does not matter when `fraction` is 1.
+    fraction : float
+        The weight of the last value among all so far: 1 / count where all count the same.
 
     Returns
     -------
@@ -65,11 +66,11 @@ def running_mean(mean: ArrayT, value: ArrayT, count: int) -> ArrayT:
     >>> from gradwise._statistics import running_mean
     >>> mean = 0.1
     >>> for count in range(2, 8):
-    ...     mean = running_mean(mean, 0.1, count)
+    ...     mean = running_mean(mean, 0.1, 1 / count)
     >>> mean == 0.1, sum([0.1] * 7) / 7 == 0.1
     (True, False)
     """
-    return value if count == 1 else mean + (value - mean) / count
+    return value if fraction == 1 else mean + fraction * (value - mean)
 
 
 def gradient_agreement(mean_square_norm: float, square_norms: list[float]) -> float:

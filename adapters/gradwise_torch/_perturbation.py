@@ -1,0 +1,105 @@
+"""The members of one step: which tensors move, how far, and with which noise."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwise._population import Population
+from gradwise_torch._noise import Noise
+from gradwise_torch._weights import Entry, Weights
+
+__all__ = ["Perturbation", "process_rank"]
+
+
+class Perturbation:
+    """Moves the weights from the mean to one member after another; scales are those of the weights when it is made.
+
+    Parameters
+    ----------
+    weights : Weights
+        Keeps the mean.
+    entries : sequence of Entry
+        The tensors.
+    groups : sequence of dict
+        The optimizer's groups: one may set its own ``"sigma"``.
+    population : Population
+        What a member is.
+    step : int
+        A word of the keys.
+    first : int
+        The stream of the first member; those before it have been used in this step.
+    paired : bool
+        Whether members share a batch, so that antithetic ones may be pairs.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        entries: Sequence[Entry],
+        groups: Sequence[dict[str, Any]],
+        population: Population,
+        *,
+        step: int,
+        first: int = 0,
+        paired: bool,
+    ) -> None:
+        self.entries = entries
+        self.scales = weights.scales(entries, groups, population, step)
+        self._weights = weights
+        self._population = population
+        self._step = step
+        self._rank = process_rank()
+        self._paired = paired
+        self._first = first * (2 if paired and population.antithetic else 1)
+        self._noises: list[Noise] = []
+
+    def noises(self, member: int) -> list[Noise]:
+        """The unit noise of one member, a tensor each."""
+        population = self._population
+        return [
+            Noise(
+                population.noise,
+                population.windows_of(
+                    entry.parameter.numel(),
+                    step=self._step,
+                    member=self._first + member,
+                    tensor=entry.index,
+                    rank=self._rank,
+                    paired=self._paired,
+                ),
+                entry.parameter,
+            )
+            for entry in self.entries
+        ]
+
+    def enter(self, member: int) -> None:
+        """Move the weights to a member, from the mean or from another member."""
+        self._noises = self.noises(member)
+        self._weights.enter(self.entries, self.scales, self._noises)
+
+    def leave(self) -> None:
+        """Bring the mean back."""
+        self._weights.leave()
+
+    def slope(self) -> Tensor:
+        """``z . g`` of the member in place."""
+        return self._weights.slope(self.scales, self._noises)
+
+    def relative_sizes(self) -> Tensor:
+        """``|z|^2`` and ``|w|^2`` of the member in place."""
+        return self._weights.relative_sizes()
+
+    def mask_seed(self, member: int) -> int:
+        """A seed for what else may be random in a member: dropout masks that are not shared."""
+        beyond = max((entry.index for entry in self.entries), default=-1) + 1
+        return self._population.device_seed(
+            step=self._step, stream=self._first + member, tensor=beyond, rank=self._rank
+        )
+
+
+def process_rank() -> int:
+    """The word of the noise keys that tells this process from others."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
