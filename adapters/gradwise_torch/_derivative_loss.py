@@ -15,7 +15,7 @@ from gradwise._matching import (
     REDUCTIONS,
     check_choice,
     check_non_negative,
-    known_weights,
+    known_weight,
     matching_numerators,
     reduce_terms,
 )
@@ -135,19 +135,23 @@ class DerivativeLoss(nn.Module):
         jacobian = jacobian if sign == 1 else -jacobian
         with _full_precision(x.device):
             predicted = goal.project(jacobian.to(goal.target.dtype))
-            known = known_weights(goal.target, mask=goal.mask, sample_weight=goal.sample_weight, xp=torch).sum()
-            target, mask, share = goal.target, goal.mask, 1.0
+            target, known, share = goal.target, goal.known(), 1.0
+            total: Tensor | int = (
+                target.numel()
+                if known is None
+                else known_weight(target, known, sample_weight=goal.sample_weight, xp=torch)
+            )
             if chosen is not None:
-                index = chosen[:, :, None].expand_as(predicted)
+                index = chosen.unsqueeze(2).expand(predicted.shape)
                 target = target.gather(1, index)
-                mask = None if mask is None else mask.gather(1, index)
+                known = None if known is None else known.gather(1, index)
                 scale = None if scale is None else scale[chosen]
                 threshold = threshold[chosen] if isinstance(threshold, Tensor) else threshold
                 share = n_outputs / chosen.shape[1]
             numerators = matching_numerators(
                 predicted,
                 target,
-                mask=mask,
+                known=known,
                 sample_weight=goal.sample_weight,
                 scale=scale,
                 loss=self.loss,
@@ -155,10 +159,11 @@ class DerivativeLoss(nn.Module):
                 xp=torch,
             )
             if call.training and n_processes > 1 and self.reduction == "mean":
-                dist.all_reduce(known)
-                known = known / n_processes
-            numerators = call.weight * share * goal.multiplier * numerators
-            loss = reduce_terms(numerators, known, reduction=self.reduction, xp=torch)
+                total = target.new_tensor(total) if isinstance(total, int) else total
+                dist.all_reduce(total)
+                total = total / n_processes
+            factor = call.weight * share * goal.multiplier
+            loss = reduce_terms(numerators, total, factor=factor, reduction=self.reduction, xp=torch)
         if not call.training:
             return loss.detach()
         if not self._checked:

@@ -52,6 +52,8 @@ def as_tangents(tangents: Any, x_shape: Shape) -> tuple[Any, int | None]:
 
 
 def _reshape(name: str, array: Any, shape: Shape, *accepted: Shape | None) -> Any:
+    if tuple(array.shape) == shape:
+        return array
     choices = list(dict.fromkeys(tuple(choice) for choice in accepted if choice is not None))
     if tuple(array.shape) not in choices:
         msg = f"`{name}` must have shape {' or '.join(map(_text, choices))}; got {_text(tuple(array.shape))}"

@@ -93,41 +93,55 @@ def gradient_matching_loss(
         msg = f"`mask` must be boolean; got {mask.dtype}. Pass `mask != 0`"
         raise TypeError(msg)
     check_choice("loss", loss, LOSSES)
+    known = known_entries(target, mask=mask, sample_weight=sample_weight, xp=xp)
     numerators = matching_numerators(
-        predicted, target, mask=mask, sample_weight=sample_weight, scale=scale, loss=loss, threshold=threshold, xp=xp
+        predicted, target, known=known, sample_weight=sample_weight, scale=scale, loss=loss, threshold=threshold, xp=xp
     )
-    known = xp.sum(known_weights(target, mask=mask, sample_weight=sample_weight, xp=xp))
-    return reduce_terms(shape[2] * numerators, known, reduction="mean", xp=xp)
+    total = known_weight(target, known, sample_weight=sample_weight, xp=xp)
+    return reduce_terms(numerators, total, factor=shape[2], reduction="mean", xp=xp)
 
 
-def known_weights(target: Array, *, mask: Array | None, sample_weight: Array | None, xp: Any) -> Array:
-    """Sum, for each sample, the weights of its known entries: the denominator of the loss, shape (batch,)."""
-    ones = xp.zeros_like(target) + 1.0
+def known_entries(target: Array, *, mask: Array | None, sample_weight: Array | None, xp: Any) -> Array:
+    """Which entries of `target` count: neither NaN nor masked, of samples with a positive weight; booleans."""
+    known = target == target  # False for NaN, on every namespace
+    if mask is not None:
+        known = known & mask
+    if sample_weight is not None:  # a removed sample may have an infinite prediction, and 0 * inf is NaN too
+        known = known & xp.reshape(sample_weight > 0, (-1, 1, 1))
+    return known
+
+
+def known_weight(target: Array, known: Array, *, sample_weight: Array | None, xp: Any) -> Array:
+    """Sum the weights of the known entries: the denominator of the loss, shape ()."""
+    zeros = xp.zeros_like(target)
+    ones = zeros + 1.0
     if sample_weight is not None:
         ones = ones * xp.reshape(sample_weight, (-1, 1, 1))
-    known = _known(target, mask, sample_weight, xp)
-    return xp.sum(xp.where(known, ones, xp.zeros_like(ones)), axis=(1, 2))
+    return xp.sum(xp.where(known, ones, zeros))
 
 
 def matching_numerators(
     predicted: Array,
     target: Array,
     *,
-    mask: Array | None,
+    known: Array | None,
     sample_weight: Array | None,
     scale: Array | None,
     loss: str,
     threshold: Array | float,
     xp: Any,
 ) -> Array:
-    """Sum, for each sample, weight times loss of its known entries, shape (batch,).
+    """Weight times loss of the known entries, 0 for others; shape (batch, ...), for `reduce_terms` to sum.
 
     `scale` may also be (batch, n_outputs, n_inputs) and `threshold` (batch, n_outputs), for rows that differ by sample.
+    `known` comes from `known_entries`; None says that all entries are known, which saves passes over them.
     """
-    known = _known(target, mask, sample_weight, xp)
-    zeros = xp.zeros_like(predicted)
-    # Both selections are needed: 0 * NaN is NaN, so a NaN must not enter even an operation whose result is discarded.
-    residual = xp.where(known, predicted - xp.where(known, target, zeros), zeros)
+    if known is None:
+        residual = predicted - target
+    else:
+        zeros = xp.zeros_like(predicted)
+        # Both selections are needed: 0 * NaN is NaN, so a NaN must not enter even an operation that is discarded.
+        residual = xp.where(known, predicted - xp.where(known, target, zeros), zeros)
     if scale is not None:
         residual = scale * residual
     if loss == "huber":
@@ -140,23 +154,31 @@ def matching_numerators(
         entries = clipped * (2 * size - clipped)
     else:
         entries = xp.square(residual)
-    terms = xp.sum(entries, axis=(1, 2))
-    return terms if sample_weight is None else sample_weight * terms
+    # Summed here only where it saves a pass: most calls need a single sum over everything, in `reduce_terms`.
+    return entries if sample_weight is None else sample_weight * xp.sum(entries, axis=(1, 2))
 
 
-def reduce_terms(numerators: Array, known: Array, *, reduction: str, xp: Any) -> Array:
-    """Divide per-sample sums by the total weight of known entries; 0 where nothing is known.
+def reduce_terms(numerators: Array, known: Array | float, *, reduction: str, factor: float = 1.0, xp: Any) -> Array:
+    """Divide sums of numerators, of shape (batch, ...), by the total weight of known entries; times a `factor` > 0.
 
-    The unweighted mean of the "none" terms is the "mean", their sum the "sum". A caller that shares the batch with
-    other processes passes ``known = global weight / number of processes``; averaging the processes' gradients, as data
-    parallel training does, then gives the gradient of the global mean.
+    0 where nothing is known. The unweighted mean of the "none" terms is the "mean", their sum the "sum". A caller that
+    shares the batch with other processes passes ``known = global weight / number of processes``; averaging the
+    processes' gradients, as data parallel training does, then gives the gradient of the global mean.
     """
     # The numerators are zero where nothing is known, so any non-zero denominator does.
-    known = xp.where(known > 0, known, xp.zeros_like(known) + 1.0)
+    if isinstance(known, (int, float)):
+        known = known if known > 0 else 1.0
+    else:
+        known = xp.where(known > 0, known, xp.zeros_like(known) + 1.0)
+    # First among constants, so that the graph of the numerators grows by one operation.
+    known = known / factor
     if reduction == "mean":
         return xp.sum(numerators) / known
-    terms = numerators * (_shape(numerators)[0] / known)
-    return xp.sum(terms) if reduction == "sum" else terms
+    batch, *others = _shape(numerators)
+    if reduction == "sum":
+        return xp.sum(numerators) * (batch / known)
+    terms = xp.sum(numerators, axis=tuple(range(1, 1 + len(others)))) if others else numerators
+    return terms * (batch / known)
 
 
 def gradient_norms(jacobian: Array, *, xp: Any) -> Array:
@@ -193,15 +215,6 @@ def check_non_negative(name: str, value: float) -> float:
         msg = f"`{name}` must be finite and not negative; got {value!r}"
         raise ValueError(msg)
     return number
-
-
-def _known(target: Array, mask: Array | None, sample_weight: Array | None, xp: Any) -> Array:
-    known = target == target  # False for NaN, on every namespace
-    if mask is not None:
-        known = known & mask
-    if sample_weight is not None:  # a removed sample may have an infinite prediction, and 0 * inf is NaN too
-        known = known & xp.reshape(sample_weight > 0, (-1, 1, 1))
-    return known
 
 
 def _shape(array: Array) -> tuple[int, ...]:
