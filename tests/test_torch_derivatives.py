@@ -1,5 +1,6 @@
 """Input derivatives of torch models against per-sample autograd, finite differences and closed forms."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from gradwise_torch._batch_coupling import submodules
 from gradwise_torch._derivatives import jvp, teacher_jacobian, value_and_jacobian, vjp
-from gradwise_torch._double_backward import has_cudnn_rnn
+from gradwise_torch._double_backward import differentiable_kernels, has_cudnn_rnn
 
 DOUBLE = torch.float64
 
@@ -434,3 +436,37 @@ def test_importing_does_not_load_the_compiler():
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_attention_kernels_are_switched_as_torch_does_it_and_switched_back():
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+
+    for before in ([SDPBackend.FLASH_ATTENTION, SDPBackend.OVERRIDEABLE], list(SDPBackend.__members__.values())[1:]):
+        inside = []
+        with sdpa_kernel(before):
+            outside = _cur_sdpa_kernel_backends()
+            with sdpa_kernel(SDPBackend.MATH):
+                expected = _cur_sdpa_kernel_backends()
+            with contextlib.suppress(KeyError), differentiable_kernels():
+                inside = _cur_sdpa_kernel_backends()
+                raise KeyError
+            assert inside == expected
+            assert _cur_sdpa_kernel_backends() == outside
+
+
+def test_submodules_are_those_of_torch():
+    shared = nn.Linear(1, 1)
+    model = nn.Sequential(shared, nn.Sequential(shared, nn.LSTM(1, 1)), nn.TransformerEncoderLayer(4, 2))
+    model.register_module("nothing", None)
+    assert submodules(model) == set(model.modules())
+
+
+def test_a_jacobian_of_one_row_is_the_callers_own():
+    model = nn.Linear(2, 1)
+    _, jacobian = value_and_jacobian(lambda x: x.sum(dim=1), torch.zeros(3, 2))
+    jacobian[0] = 5.0  # autograd's own answer is an expanded scalar
+    assert jacobian.flatten().tolist() == [5.0, 5.0, 1.0, 1.0, 1.0, 1.0]
+    with torch.no_grad():
+        _, jacobian = value_and_jacobian(model, torch.zeros(1, 2))
+        jacobian += 1.0
+    torch.testing.assert_close(jacobian[0], model.weight + 1.0)

@@ -216,6 +216,22 @@ def test_masks_and_nan_and_weights():
     assert all((gradient == 0).all() for gradient in grads(nothing, model))
 
 
+def test_targets_whose_sum_overflows_or_is_cancelled_by_infinities():
+    model, x, _, target = setup()
+    model, x, target = model.float(), x.float(), target.float()
+    known = torch.ones_like(target, dtype=torch.bool)
+    huge = target.clone()
+    huge[:, 0] = 1e38  # the sum of these is infinite in float32
+    torch.testing.assert_close(raw(loss="huber")(model, x, huge), raw(loss="huber")(model, x, huge, known))
+    huge[0, 0, 0] = math.nan
+    known[0, 0, 0] = False
+    loss = raw(loss="huber")(model, x, huge)
+    torch.testing.assert_close(loss, raw(loss="huber")(model, x, huge.nan_to_num(0.0), known))
+    assert not loss.isnan()
+    target[0, 0, 0], target[1, 0, 0] = math.inf, -math.inf  # no unknown entries, though their sum is NaN
+    assert raw()(model, x, target).item() == math.inf
+
+
 def test_directional_targets_equal_the_contracted_jacobian():
     model, x, y, _ = setup("layer norm")
     tangents = torch.randn(N, 2, INPUTS, dtype=DOUBLE)
@@ -362,6 +378,23 @@ def test_draws_are_without_replacement_uniform_and_keyed():
     assert torch.equal(rows, draw_outputs((1, 0), (0, 0), 3000, 4, 2))
     for key, step in [((2, 0), (0, 0)), ((1, 1), (0, 0)), ((1, 0), (1, 0)), ((1, 0), (0, 1))]:
         assert not torch.equal(rows, draw_outputs(key, step, 3000, 4, 2))
+
+
+def test_draws_that_are_kept_are_those_of_their_arguments():
+    together = torch.cat([draw_outputs((5, 0), (call, 0), 50, 6, 2) for call in range(60)])
+    assert np.bincount(together.reshape(-1).numpy()) == pytest.approx([1000] * 6, abs=110)  # four standard deviations
+    for call in (0, 31, 59):  # other sizes and phases in between change nothing
+        draw_outputs((5, 0), (call, 1), 50, 6, 2)
+        draw_outputs((5, 0), (call, 0), 7, 6, 2)
+        assert torch.equal(draw_outputs((5, 0), (call, 0), 50, 6, 2), together[50 * call :][:50])
+    for n_rows in (1, 3, 6):
+        rows = draw_outputs((5, 0), (3, 0), 200, 6, n_rows)
+        assert all(len(set(row)) == n_rows for row in rows.tolist())
+    model, x, y, target = setup()
+    matching = fitted(x, y, target, projections=1, seed=8)
+    with torch.inference_mode():
+        matching(model, x, target)
+    matching(model, x, target).backward()  # the draw made in inference mode is saved by autograd
 
 
 def test_many_outputs_suggest_projections_once():

@@ -64,7 +64,9 @@ def value_and_jacobian(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     trainable = torch.is_grad_enabled()
     with linearize(model, x, values=True, create_graph=trainable, keep_graph=trainable) as linearization:
-        return linearization.values, linearization.rows(None, count_outputs(linearization.outputs, x))
+        jacobian = linearization.rows(None, count_outputs(linearization.outputs, x))
+        # One row is what autograd returned, which may share memory with the model's tensors; several are a new tensor.
+        return linearization.values, jacobian.clone() if jacobian.shape[1] == 1 else jacobian
 
 
 @outside_compilation

@@ -2,16 +2,16 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends import cuda as attention
 
 from gradwise_torch._autograd_graph import graph_leaves
-from gradwise_torch._batch_coupling import owner
+from gradwise_torch._batch_coupling import owner, submodules
 
 __all__ = [
     "differentiable_kernels",
@@ -24,29 +24,49 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Is it on, and its switch, for each kind of attention that has no second derivative. Despite their place in torch, the
+# switches rule all devices.
+_FUSED_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (attention.flash_sdp_enabled, attention.enable_flash_sdp),
+    (attention.mem_efficient_sdp_enabled, attention.enable_mem_efficient_sdp),
+    (attention.cudnn_sdp_enabled, attention.enable_cudnn_sdp),
+]
+if hasattr(torch._C, "_set_sdp_use_overrideable"):  # of other devices; has no public switch
+    _FUSED_ATTENTION.append((torch._C._get_overrideable_sdp_enabled, torch._C._set_sdp_use_overrideable))
+
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
     """Run models with kernels that can be differentiated twice: plain attention, and no compiled code."""
-    with ExitStack() as stack:
-        # The flash and memory-efficient kernels have no second derivative.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Nor have compiled models, or compiled parts of models. Looked up in sys.modules because merely asking torch
-        # would import its compiler: seconds, for people who compile nothing.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+    # Compiled models, or compiled parts of models, have no second derivative. Looked up in sys.modules because merely
+    # asking torch would import its compiler: seconds, for people who compile nothing.
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        # What sdpa_kernel(SDPBackend.MATH) does, in a tenth of its time, which would show in a small model's step.
+        switches = [switch for is_on, switch in _FUSED_ATTENTION if is_on()]
+        math_was_on = attention.math_sdp_enabled()
+        try:
+            for switch in switches:
+                switch(False)
+            attention.enable_math_sdp(True)
+            yield
+        finally:
+            for switch in switches:
+                switch(True)
+            attention.enable_math_sdp(math_was_on)
 
 
 def outside_compilation(function: Callable[P, R]) -> Callable[P, R]:
     """Make a caller's torch.compile break its graph around `function` instead of tracing into it."""
+    eager: Callable[P, R] | None = None
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal eager
         # Not `disable` as a decorator: it imports torch's compiler. And not torch.compiler.is_compiling(): that is
         # False in Python code that runs between the parts of a broken graph.
         if "torch._dynamo" in sys.modules:
-            eager: Callable[P, R] = cast("Any", torch.compiler).disable(function)
+            if eager is None:
+                eager = cast("Callable[P, R]", cast("Any", torch.compiler).disable(function))
             return eager(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -62,7 +82,7 @@ def has_cudnn_rnn(model: Any, *, twice: bool, on_gpu: Callable[[Tensor], bool] =
     module = owner(model)
     return module is not None and any(
         on_gpu(weight)
-        for layer in module.modules()
+        for layer in submodules(module)
         if isinstance(layer, nn.RNNBase) and (twice or not layer.training)
         for weight in layer.parameters()
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,11 @@ class Linearization:
         )
         if product is None:
             raise _independent()
-        half = product.dtype in {torch.float16, torch.bfloat16}
+        half = product.dtype.itemsize == 2
         return product.float() if half and torch.is_autocast_enabled(product.device.type) else product
 
     def rows(self, chosen: Tensor | None, n_outputs: int) -> Tensor:
-        """Rows of each sample's Jacobian, shape (batch, n_rows, n_inputs).
+        """Rows of each sample's Jacobian, shape (batch, n_rows, n_inputs); a single row may be a view.
 
         Parameters
         ----------
@@ -88,14 +88,16 @@ class Linearization:
             if n_outputs == 1:
                 cotangents = torch.ones_like(self.outputs)
             else:
-                flat = self.outputs.detach().new_zeros((batch, n_outputs))
-                cotangents = (
-                    flat.index_fill_(1, torch.tensor([k], device=flat.device), 1.0)
-                    if chosen is None
-                    else flat.scatter_(1, chosen[:, k : k + 1], 1.0)
-                ).reshape(self.outputs.shape)
-            products.append(self.pull_back(cotangents, last=k == n_rows - 1).reshape(batch, self.n_inputs))
-        return torch.stack(products, dim=1) if products else self.primal.new_zeros((batch, 0, self.n_inputs))
+                flat = self.outputs.new_zeros((batch, n_outputs))
+                if chosen is None:
+                    flat[:, k] = 1.0
+                else:
+                    flat.scatter_(1, chosen if n_rows == 1 else chosen[:, k : k + 1], 1.0)
+                cotangents = flat if self.outputs.ndim == 2 else flat.reshape(self.outputs.shape)
+            products.append(self.pull_back(cotangents, last=k == n_rows - 1).reshape(batch, 1, self.n_inputs))
+        if len(products) == 1:
+            return products[0]
+        return torch.cat(products, dim=1) if products else self.primal.new_zeros((batch, 0, self.n_inputs))
 
 
 @contextmanager
@@ -133,11 +135,11 @@ def linearize(
         warn_once(model)
     refuse_cudnn_rnn(model, twice=create_graph)
     true_values, streams = first_pass(model, x) if layers and values else (None, None)
-    # enable_grad alone is not enough in inference mode: tensors made there never require gradients.
-    with torch.inference_mode(False), torch.enable_grad(), differentiable_kernels(), running_statistics(layers):
+    without_batch_statistics = running_statistics(layers) if layers else nullcontext()
+    with _recording(), differentiable_kernels(), without_batch_statistics:
         connected = x.requires_grad and (create_graph or keep_graph)
         primal = x if connected else (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        with replayed(streams):
+        with nullcontext() if streams is None else replayed(streams):
             # A clone, so that a first layer that works in place does not overwrite what we differentiate by.
             outputs = check_output(model(primal.clone()))
         if not outputs.requires_grad:
@@ -153,6 +155,12 @@ def linearize(
             keep_graph=keep_graph and true_values is None,
             probes=[] if probe else None,
         )
+
+
+def _recording() -> AbstractContextManager[object]:
+    # enable_grad alone is not enough in inference mode: tensors made there never require gradients. Leaving that mode
+    # enables gradients too.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
 
 
 Streams = tuple[RandomStreams, RandomStreams]
