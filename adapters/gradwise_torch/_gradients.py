@@ -168,7 +168,7 @@ def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], frac
                 dense[1].append(value)
         result.append(mean)
     if dense[0]:
-        torch._foreach_lerp_(*dense, fraction)  # running_mean in place
+        torch._foreach_lerp_(*dense, fraction)  # type: ignore[reportPrivateImportUsage] - running_mean, in place
     return result
 
 

@@ -46,6 +46,8 @@ class MemberLoop:
         What a loss that is not finite does.
     clean_forward : callable or None
         Run at the mean weights in the end, for the buffers to be made there.
+    name : str
+        What errors call the user's function.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class MemberLoop:
         model: nn.Module | None,
         on_nonfinite: Literal["raise", "skip"],
         clean_forward: Callable[[], object] | None,
+        name: str = "closure",
     ) -> None:
         self.record = MemberRecord()
         self.skipped = 0
@@ -72,6 +75,7 @@ class MemberLoop:
         self._model = model
         self._on_nonfinite = on_nonfinite
         self._clean_forward = clean_forward
+        self._name = name
         self._start: RandomStreams | None = None
         self._end: RandomStreams | None = None
 
@@ -104,7 +108,7 @@ class MemberLoop:
                 self._after_first()
                 if loss is None:
                     return self._without_loss(gradients, buffers)
-            value = as_scalar(loss, member)
+            value = as_scalar(loss, member, self._name)
             if self._on_nonfinite == "skip" and not all_finite(value, self._parameters[0].device):
                 self.skipped += 1
                 continue
@@ -168,7 +172,7 @@ class MemberLoop:
     def _check_finite(self) -> None:
         if not self.record.members:
             msg = (
-                f"`closure` must return a finite loss for at least one member; all {len(self._sizes)} were NaN or "
+                f"`{self._name}` must return a finite loss for at least one member; all {len(self._sizes)} were NaN or "
                 "infinite. Lower the learning rate or `sigma`, or look for the cause at the mean weights"
             )
             raise ValueError(msg)
@@ -177,8 +181,8 @@ class MemberLoop:
         bad = [member for member, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             msg = (
-                f"`closure` must return a finite loss; member {bad[0]} returned {losses[bad[0]]}. This evaluation does "
-                'not count. Pass on_nonfinite="skip" to drop such members, or lower `sigma` or the learning rate'
+                f"`{self._name}` must return a finite loss; member {bad[0]} returned {losses[bad[0]]}. This evaluation "
+                'does not count. Pass on_nonfinite="skip" to drop such members, or lower `sigma` or the learning rate'
             )
             raise ValueError(msg)
 
@@ -194,7 +198,7 @@ def all_finite(loss: Loss, device: torch.device) -> bool:
     return finite
 
 
-def as_scalar(loss: Any, member: int) -> Loss:
+def as_scalar(loss: Any, member: int, name: str) -> Loss:
     """The loss that a user's function returned, detached."""
     if isinstance(loss, Tensor):
         if loss.numel() == 1 and not loss.is_complex():
@@ -204,7 +208,5 @@ def as_scalar(loss: Any, member: int) -> Loss:
         return float(loss)
     else:
         got = type(loss).__name__
-    msg = (
-        f"`closure` must return one number, the loss; got {got} for member {member}. Reduce it, for example by .mean()"
-    )
+    msg = f"`{name}` must return one number, the loss; got {got} for member {member}. Reduce it, for example by .mean()"
     raise TypeError(msg)

@@ -33,7 +33,7 @@ class MemberOptimizer(OptimizerWrapper):
         self._weights = Weights()
         self._step = 0  # the second word of every noise key
         self._in_loop = False  # whether the member in place is the unchanged loop's
-        self._loop_member = 0  # members that the unchanged loop has started since the last step
+        self._streams = 0  # of the noise, used since the last step
         self._saw_member = False
         self._awake()
 
@@ -45,6 +45,7 @@ class MemberOptimizer(OptimizerWrapper):
         self._watched: list[Entry] | None = None
         self._by_hand = False
         self._retired = False
+        self._refused: set[Any] = set()
         self._weights.refresh()
         self._selection.forget()
         weakref.finalize(self, self._weights.abandon).atexit = False
@@ -55,7 +56,7 @@ class MemberOptimizer(OptimizerWrapper):
 
     def _asleep(self) -> dict[str, Any]:
         """State for pickle and deepcopy: all but what `_awake` makes, and the `step` that schedulers patch."""
-        transient = {"_record", "_marks", "_watched", "_by_hand", "_retired", "_event", "step"}
+        transient = {"_record", "_marks", "_watched", "_by_hand", "_retired", "_refused", "_event", "step"}
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -144,9 +145,9 @@ class MemberOptimizer(OptimizerWrapper):
         """Replace the member in place, if any, by the next one."""
         self.end_member()
         self._marks = _marks_of(self._parameters())
-        self._enter(self._perturbation(paired=False), self._loop_member)
+        self._enter(self._perturbation(paired=False), self._streams)
         self._in_loop = True
-        self._loop_member += 1
+        self._streams += 1
 
     def end_member(self) -> None:
         """Bring the mean back if the unchanged loop has a member in place."""

@@ -13,16 +13,16 @@ from torch.optim import Optimizer
 from gradwise._population import Population
 from gradwise._statistics import PopulationStatistics
 from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
+from gradwise_torch._batch_optimizer import BatchOptimizer
 from gradwise_torch._gradients import ClosureGradients
 from gradwise_torch._member_loop import MemberLoop
-from gradwise_torch._members import MemberOptimizer
 
 __all__ = ["PopulationGradient"]
 
 _LIVING: "weakref.WeakSet[PopulationGradient]" = weakref.WeakSet()
 
 
-class PopulationGradient(MemberOptimizer):
+class PopulationGradient(BatchOptimizer):
     r"""Steps an optimizer with a non-local gradient: the mean over a population of perturbed copies of the weights.
 
     "Population" as in evolution strategies. With unit noise :math:`\varepsilon_i` and :math:`s` the scale of a tensor,
@@ -35,10 +35,11 @@ class PopulationGradient(MemberOptimizer):
     Sakai et al. (arXiv 2010.12260), of which only the abstract was available; SmoothOut (arXiv 1805.07898) and LPF-SGD
     are an earlier and a later form of the same estimator.
 
-    Three ways in. **Unchanged loop** (`model` given): every training-mode forward sees a member, every ``step()``
+    Four ways in. **Unchanged loop** (`model` given): every training-mode forward sees a member, every ``step()``
     happens at the mean; one pass per step, so micro-batches, ranks and consecutive steps form the population.
-    **Closure**: ``step(closure)`` runs the closure once per member on one batch. **By hand**:
-    ``with optimizer.member(i):``.
+    **Closure**: ``step(closure)`` runs the closure once per member on one batch. **Batch** (`model` given):
+    ``backward(loss_fn, *batch)`` fills ``.grad``, vectorised or with the batch sharded over the members; the fastest.
+    **By hand**: ``with optimizer.member(i):``.
 
     Parameters
     ----------
@@ -139,14 +140,14 @@ class PopulationGradient(MemberOptimizer):
     def _counters(self) -> dict[str, int]:
         return {
             "step": self._step,
-            "member": self._loop_member,
+            "member": self._streams,
             "skipped": self._skipped,
             "seed": self.population.seed,
         }
 
     def _set_counters(self, counters: dict[str, int]) -> None:
         self._step = counters.get("step", self._step)
-        self._loop_member = counters.get("member", self._loop_member)
+        self._streams = counters.get("member", self._streams)
         self._skipped = counters.get("skipped", self._skipped)
         self.population = replace(self.population, seed=counters.get("seed", self.population.seed))
 
@@ -203,7 +204,7 @@ class PopulationGradient(MemberOptimizer):
             raise
         self._selection.exclude_sparse(self._parameters())
         self._step += 1
-        self._loop_member = 0
+        self._streams = 0
         self._saw_member = False
         return loss
 

@@ -30,6 +30,13 @@ class MemberRecord:
             self._square_norms.append(square_norm)
             self._slopes.append(slope)
 
+    def add_members(self, losses: Tensor, square_norms: Tensor, slopes: Tensor) -> None:
+        """Take in many at once: tensors with one entry per member."""
+        self.members += len(losses)
+        self._losses.append(losses)
+        self._square_norms.append(square_norms)
+        self._slopes.append(slopes)
+
     def loss_values(self) -> list[float]:
         """The losses as numbers, with one device sync."""
         return _numbers(self._losses)
@@ -41,7 +48,7 @@ class MemberRecord:
         agreement = rise = math.nan
         if self.mean_square_norm is not None:
             agreement = gradient_agreement(float(self.mean_square_norm), _numbers(self._square_norms))
-            rise = sharpness(math.fsum(_numbers(self._slopes)) / len(self._slopes))
+            rise = sharpness(math.fsum(_numbers(self._slopes)) / self.members)
         return PopulationStatistics(
             loss_mean=math.fsum(losses) / len(losses) if losses else math.nan,
             loss_spread=spread(losses),
@@ -56,4 +63,4 @@ class MemberRecord:
 def _numbers(values: list[Any]) -> list[float]:
     if not values or not isinstance(values[0], Tensor):
         return [float(value) for value in values]
-    return torch.stack([torch.as_tensor(value) for value in values]).tolist()
+    return torch.cat([torch.as_tensor(value).reshape(-1) for value in values]).tolist()

@@ -155,6 +155,10 @@ class Population:
             return member // 2, 1 - 2 * (member % 2)
         return member, 1
 
+    def streams(self, members: int, *, paired: bool = True) -> int:
+        """How many noise streams so many members use: see `stream_of`."""
+        return 1 + self.stream_of(members - 1, paired=paired)[0]
+
     def windows_of(
         self, size: int, *, step: int, member: int, tensor: int, rank: int = 0, paired: bool = True
     ) -> tuple[Window, ...]:

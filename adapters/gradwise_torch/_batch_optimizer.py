@@ -1,0 +1,176 @@
+"""Members of a batch that the optimizer is given: one after the other, at once, or each on rows of its own."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gradwise_torch._batch_work import BatchWork
+from gradwise_torch._batches import Batch
+from gradwise_torch._members import MemberOptimizer
+from gradwise_torch._paths import PATHS, automatic_path, obstacle
+
+__all__ = ["BatchOptimizer"]
+
+LossFunction = Callable[..., Tensor]
+
+
+class BatchOptimizer(MemberOptimizer):
+    """Adds `backward` and `step_batch` to an optimizer that has members."""
+
+    _refused: set[Any]  # paths that a loss function has proved impossible
+    _norm_statistics: Literal["mean", "recalibrate"]
+    _on_nonfinite: Literal["raise", "skip"]
+    _share_masks: bool
+    _skipped: int
+
+    def backward(
+        self,
+        loss_fn: LossFunction,
+        /,
+        *batch: Any,
+        sharded: bool = False,
+        vectorize: Literal["auto", "loop", "vmap", "compile"] = "auto",
+        **named_batch: Any,
+    ) -> Tensor:
+        """Add the mean gradient of the population to ``.grad``, as ``loss.backward()`` adds that of one model.
+
+        Clipping, accumulation over several batches and ``scaler.scale`` (inside `loss_fn`) therefore work as they
+        always do, and so must ``zero_grad``. Every call has members of its own until the next step.
+
+        Parameters
+        ----------
+        loss_fn : callable
+            ``loss_fn(model, *batch, **named_batch)`` returns the mean loss over the batch, a tensor of one number, and
+            does not call backward. `model` is the one given to the optimizer, with a member's weights.
+        *batch, **named_batch
+            Tensors, or lists, tuples and dicts of them.
+        sharded : bool
+            Whether each member sees rows of its own instead of the whole batch: about the cost of one pass. All
+            tensors with axes must then have the rows first. Shards count by their number of rows; with fewer rows than
+            members, there are as many members as rows. BatchNorm sees the shards (ghost batches).
+        vectorize : {"auto", "loop", "vmap", "compile"}
+            One member after the other; all at once by ``torch.func.vmap``, with the memory of all; the same compiled,
+            which takes a while at the first call and for each new batch size or `loss_fn`. "auto" chooses by the sizes
+            and compiles only for a model that is compiled. A path that the model does not allow is replaced, with one
+            warning. Dropout draws other masks on the vectorised paths than in a loop.
+
+        Returns
+        -------
+        Tensor
+            Mean of the members' losses, detached: not the loss at the mean weights.
+
+        Raises
+        ------
+        ValueError
+            The optimizer has no model; a loss is not finite and `on_nonfinite` is "raise"; the tensors of a sharded
+            batch differ in their first axis.
+        TypeError
+            A loss that is not one number; a sharded batch with objects whose rows are not known.
+        RuntimeError
+            Called inside ``member()``.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from gradwise.torch import PopulationGradient
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> def loss_fn(model, x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> x, y = torch.randn(16, 3), torch.randn(16, 1)
+        >>> loss = optimizer.backward(loss_fn, x, y)
+        >>> _ = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+        """
+        model = self._check_backward(loss_fn, vectorize)
+        whole = Batch.of(batch, named_batch)
+        shards = whole.shards(self.population.size) if sharded else []
+        self.end_member()
+        work = BatchWork(
+            model,
+            loss_fn,
+            whole,
+            shards,
+            sizes=[shard.rows() for shard in shards] if sharded else [1] * self.population.size,
+            perturbation=self._perturbation(first=self._streams, paired=not sharded),
+            parameters=unique(self._parameters(), model.parameters()),
+            on_nonfinite=self._on_nonfinite,
+            share_masks=self._share_masks,
+            recalibrate=self._norm_statistics == "recalibrate",
+        )
+        self._streams += self.population.streams(len(work.sizes), paired=not sharded)
+        self._saw_member = True
+        try:
+            with self._suspended_hooks():
+                return self._work_along(work, vectorize)
+        finally:
+            self._record = work.record
+            self._skipped += work.skipped
+
+    def step_batch(
+        self,
+        loss_fn: LossFunction,
+        /,
+        *batch: Any,
+        sharded: bool = False,
+        vectorize: Literal["auto", "loop", "vmap", "compile"] = "auto",
+        **named_batch: Any,
+    ) -> Tensor:
+        """``backward(...)``, then ``step()``; zeroing the gradients stays with the loop, as for every optimizer.
+
+        Parameters
+        ----------
+        loss_fn, *batch, sharded, vectorize, **named_batch
+            See `backward`.
+
+        Returns
+        -------
+        Tensor
+            Mean of the members' losses, detached.
+        """
+        loss = self.backward(loss_fn, *batch, sharded=sharded, vectorize=vectorize, **named_batch)
+        self.step()
+        return loss
+
+    def _work_along(self, work: BatchWork, vectorize: str) -> Tensor:
+        """Try the paths from the one that was asked for down to the loop, which always goes."""
+        first = automatic_path(work.model, work.batch.length(), sharded=work.sharded) if vectorize == "auto" else vectorize
+        refusals: list[str] = []
+        loss: Tensor | None = None
+        for path in {"compile": ("compile", "vmap"), "vmap": ("vmap",)}.get(first, ()):
+            # By code, since a lambda in the training loop is a new object every time.
+            key = (path, work.sharded, getattr(work.loss_fn, "__code__", work.loss_fn))
+            if loss is None and key not in self._refused:
+                reason = obstacle(work.model, self._parameters())
+                if reason is None:
+                    loss, reason = work.all_at_once(path)
+                if reason is not None:
+                    self._refused.add(key)
+                    refusals.append(f'vectorize="{path}" is not possible here ({reason})')
+        if loss is None:
+            loss = work.one_by_one()
+        if refusals:  # only now: an error of the user's own has been raised by the loop
+            msg = f"{'; '.join(refusals)}. Another way is taken, which has the same result up to rounding"
+            warnings.warn(msg, UserWarning, stacklevel=4)
+        return loss
+
+    def _check_backward(self, loss_fn: Any, vectorize: Any) -> nn.Module:
+        self._check_not_by_hand("backward")
+        if self.model is None:
+            msg = "`model` must be given to PopulationGradient for backward(loss_fn, ...), which calls loss_fn(model, ...)"
+            raise ValueError(msg)
+        if not callable(loss_fn):
+            msg = f"`loss_fn` must be a callable loss_fn(model, *batch) -> loss; got {type(loss_fn).__name__}"
+            raise TypeError(msg)
+        if vectorize not in PATHS:
+            msg = f"`vectorize` must be one of {PATHS}; got {vectorize!r}"
+            raise ValueError(msg)
+        return self.model
+
+
+def unique(*groups: Iterable[Tensor]) -> list[Tensor]:
+    """All tensors, each once."""
+    return list({id(tensor): tensor for group in groups for tensor in group}.values())
