@@ -146,7 +146,8 @@ class DerivativeLoss(nn.Module):
                 target = target.gather(1, index)
                 known = None if known is None else known.gather(1, index)
                 scale = None if scale is None else scale[chosen]
-                threshold = threshold[chosen] if isinstance(threshold, Tensor) else threshold
+                if self.loss == "huber" and isinstance(threshold, Tensor):  # "mse" has no use for it
+                    threshold = threshold[chosen]
                 share = n_outputs / chosen.shape[1]
             numerators = matching_numerators(
                 predicted,

@@ -159,7 +159,7 @@ def matching_numerators(
 
 
 def reduce_terms(numerators: Array, known: Array | float, *, reduction: str, factor: float = 1.0, xp: Any) -> Array:
-    """Divide sums of numerators, of shape (batch, ...), by the total weight of known entries; times a `factor` > 0.
+    """Divide sums of numerators, of shape (batch, ...), by the total weight of known entries; times `factor`.
 
     0 where nothing is known. The unweighted mean of the "none" terms is the "mean", their sum the "sum". A caller that
     shares the batch with other processes passes ``known = global weight / number of processes``; averaging the
@@ -171,14 +171,14 @@ def reduce_terms(numerators: Array, known: Array | float, *, reduction: str, fac
     else:
         known = xp.where(known > 0, known, xp.zeros_like(known) + 1.0)
     # First among constants, so that the graph of the numerators grows by one operation.
-    known = known / factor
+    share = factor / known
     if reduction == "mean":
-        return xp.sum(numerators) / known
+        return xp.sum(numerators) * share
     batch, *others = _shape(numerators)
     if reduction == "sum":
-        return xp.sum(numerators) * (batch / known)
+        return xp.sum(numerators) * (batch * share)
     terms = xp.sum(numerators, axis=tuple(range(1, 1 + len(others)))) if others else numerators
-    return terms * (batch / known)
+    return terms * (batch * share)
 
 
 def gradient_norms(jacobian: Array, *, xp: Any) -> Array:
