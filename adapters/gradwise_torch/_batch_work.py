@@ -1,6 +1,6 @@
 """One population backward over one batch: the members one by one, or all at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from gradwise_torch._member_loop import MemberLoop, as_scalar
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._random import RandomStreams
 from gradwise_torch._statistics import MemberRecord
-from gradwise_torch._vectorized import Stack, StackedResult, compiled_gradients, stacked_gradients, vmapped
+from gradwise_torch._vectorized import Stack, compiled_gradients, stacked_gradients, vmapped
 
 __all__ = ["BatchWork"]
 
@@ -86,8 +86,9 @@ class BatchWork:
         buffers = MemberBuffers(self.model)
         try:
             with torch.enable_grad():
-                result = stacked_gradients(
-                    Stack(self.model, self.perturbation, len(self.sizes)),
+                stack = Stack(self.model, self.perturbation, len(self.sizes))
+                gradients, losses = stacked_gradients(
+                    stack,
                     self.loss_fn,
                     self.shards or [self.batch],
                     _compiled() if path == "compile" else vmapped,
@@ -96,9 +97,9 @@ class BatchWork:
         except Exception as error:  # noqa: BLE001 - the loop will show whether it is the user's own
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
-            if bool(result.losses.isfinite().all()):
-                return self._take(result, start), None
             reason = None
+            if bool(losses.isfinite().all()):
+                return self._take(stack, gradients, losses, start), None
         finally:
             torch.clear_autocast_cache()  # it holds casts of the stacked weights
         buffers.rewind()
@@ -106,13 +107,12 @@ class BatchWork:
         return None, reason
 
     @torch.no_grad()
-    def _take(self, result: StackedResult, start: RandomStreams) -> Tensor:
-        weights = None if len(set(self.sizes)) == 1 else torch.tensor(self.sizes) / sum(self.sizes)
-        named = dict(self.model.named_parameters())
-        means = [_mean(gradient, weights) for gradient in result.gradients.values()]
-        add_gradients([named[name] for name in result.gradients], means)
-        self.record.add_members(result.losses, result.square_norms, result.slopes)
-        self.record.relative_sizes = result.relative_sizes
+    def _take(self, stack: Stack, gradients: list[Tensor | None], losses: Tensor, start: RandomStreams) -> Tensor:
+        weights = None if len(set(self.sizes)) == 1 else losses.new_tensor(self.sizes) / sum(self.sizes)
+        means = [None if gradient is None else _mean(gradient, weights) for gradient in gradients]
+        add_gradients(stack.parameters, means)
+        square_norms, slopes, self.record.relative_sizes = stack.statistics(gradients)
+        self.record.add_members(losses, square_norms, slopes)
         self.record.mean_square_norm = square_norm(means)
         if self.recalibrate:
             end = RandomStreams(self._devices())
@@ -120,13 +120,9 @@ class BatchWork:
             self._clean_forward()
             end.rewind()
         else:
-            own = dict(self.model.named_buffers())
-            for name, stacked in result.buffers.items():
-                value = _mean(stacked, weights) if stacked.is_floating_point() else stacked[0]
-                own[name].copy_(value)  # type: ignore[reportArgumentType] - not None, as the stack is not
-        loss = _mean(result.losses, weights)
-        assert loss is not None
-        return loss
+            for own, rows in zip(stack.own_buffers, stack.buffers.values(), strict=True):
+                own.copy_(_mean(rows, weights) if rows.is_floating_point() else rows[0])
+        return _mean(losses, weights)
 
     def _evaluate(self, member: int) -> Tensor:
         args, kwargs = (self.shards[member] if self.sharded else self.batch).arguments()
@@ -149,8 +145,6 @@ def _compiled() -> Any:
     return torch.compile(compiled_gradients)
 
 
-def _mean(rows: Tensor | None, weights: Tensor | None) -> Tensor | None:
+def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:
     """Mean over the first axis; weighted, where members count differently."""
-    if rows is None or weights is None:
-        return None if rows is None else rows.mean(0)
-    return torch.tensordot(weights.to(rows), rows, 1)
+    return rows.mean(0) if weights is None else torch.tensordot(weights.to(rows), rows, 1)

@@ -174,5 +174,6 @@ def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], frac
 
 def square_norm(gradients: Sequence[Tensor | None]) -> Tensor:
     """``|g|^2`` over all tensors, in float32 or better; no device sync."""
-    present = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
-    return total([torch.linalg.vector_norm(at_least_float32(g.detach())).square() for g in present])
+    present = [at_least_float32(g.coalesce().values() if g.is_sparse else g) for g in gradients if g is not None]
+    norms = torch._foreach_norm(present) if present else []  # type: ignore[reportPrivateImportUsage] - one call for all
+    return total([norm.square() for norm in norms])

@@ -6,13 +6,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gradwise._noise import Window, noise_table
+from gradwise._noise import GRAIN, Window, noise_table
 
-__all__ = ["Noise"]
+__all__ = ["Noise", "stacked_members"]
 
 
 @lru_cache(maxsize=64)
-def _table(noise: str, device: torch.device) -> Tensor:
+def noise_on(noise: str, device: torch.device) -> Tensor:
+    """The table on a device, for as long as the process lives."""
     with torch.inference_mode(False):  # else it could not be used outside of inference mode
         return torch.from_numpy(noise_table(noise)).to(device)
 
@@ -30,16 +31,15 @@ class Noise:
         Gives shape and device.
     """
 
+    __slots__ = ("_parts", "_shape")
+
     def __init__(self, distribution: str, windows: Sequence[Window], like: Tensor) -> None:
-        table = _table(distribution, like.device)
+        table = noise_on(distribution, like.device)
         self._shape = like.shape
         self._parts = [(table[offset : offset + length], sign) for offset, length, sign in windows]
 
     def gathered(self) -> Tensor:
         """The noise itself, in float32."""
-        if len(self._parts) == 1:
-            part, sign = self._parts[0]
-            return (part if sign > 0 else -part).view(self._shape)
         return torch.cat([part * sign for part, sign in self._parts] or [torch.zeros(0)]).view(self._shape)
 
     def move(self, out: Tensor, mean: Tensor, scale: Tensor) -> None:
@@ -59,10 +59,45 @@ class Noise:
         """``sum(scale * noise * values)``, in float32 or better."""
         if scale.ndim:
             return (self.gathered() * scale * values).sum()
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        pieces = values.flatten().split([len(part) for part, _ in self._parts])
-        dots = [
-            sign * torch.dot(part.to(dtype), piece.to(dtype))
-            for piece, (part, sign) in zip(pieces, self._parts, strict=True)
-        ]
-        return scale * (dots[0] if len(dots) == 1 else torch.stack(dots).sum()) if dots else values.new_zeros(())
+        flat = values.flatten()
+        dtype = torch.promote_types(flat.dtype, torch.float32)
+        dot: Tensor | None = None
+        start = 0
+        for part, sign in self._parts:
+            end = start + len(part)
+            piece = torch.dot(part.to(dtype), flat[start:end].to(dtype))
+            dot = piece.mul_(sign) if dot is None else dot.add_(piece, alpha=sign)
+            start = end
+        return flat.new_zeros(()) if dot is None else dot.mul_(scale)
+
+
+@torch.no_grad()
+def stacked_members(distribution: str, windows: Sequence[Sequence[Window]], parameter: Tensor, scale: Tensor) -> Tensor:
+    """All members of one tensor, ``mean + scale * noise`` for each, bit for bit as one by one.
+
+    Parameters
+    ----------
+    distribution : str
+        ``Population.noise``.
+    windows : sequence of sequence of Window
+        ``Population.windows_of`` for every member.
+    parameter : Tensor
+        The mean.
+    scale : Tensor
+        Broadcasts to the parameter.
+
+    Returns
+    -------
+    Tensor of shape (members, *parameter.shape)
+    """
+    if len(windows[0]) == 1:  # gather the windows, a row each
+        table = noise_on(distribution, parameter.device)
+        places = torch.tensor([offset // GRAIN for ((offset, _, _),) in windows], device=table.device)
+        rows = table.unfold(0, parameter.numel(), GRAIN)[places].view(-1, *parameter.shape)
+        signs = torch.tensor([float(sign) for ((_, _, sign),) in windows], device=scale.device, dtype=scale.dtype)
+        out = torch.addcmul(parameter.detach(), rows, scale * signs.view(-1, *[1] * parameter.ndim))
+        return out.to(parameter.dtype)
+    out = parameter.new_empty(len(windows), *parameter.shape)
+    for member, own in zip(out.unbind(), windows, strict=True):
+        Noise(distribution, own, parameter).move(member, parameter.detach(), scale)
+    return out

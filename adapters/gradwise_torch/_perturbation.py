@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradwise._noise import Window
 from gradwise._population import Population
-from gradwise_torch._noise import Noise
+from gradwise_torch._noise import Noise, stacked_members
 from gradwise_torch._weights import Entry, Weights
 
 __all__ = ["Perturbation", "process_rank"]
@@ -55,28 +56,32 @@ class Perturbation:
         self._first = first * (2 if paired and population.antithetic else 1)
         self._noises: list[Noise] = []
 
-    def noises(self, member: int) -> list[Noise]:
-        """The unit noise of one member, a tensor each."""
-        population = self._population
+    def windows(self, entry: Entry, member: int) -> Sequence[Window]:
+        """Where the noise of one tensor of one member stands."""
+        return self._population.windows_of(
+            entry.parameter.numel(),
+            step=self._step,
+            member=self._first + member,
+            tensor=entry.index,
+            rank=self._rank,
+            paired=self._paired,
+        )
+
+    def stacked(self, members: int) -> list[Tensor | None]:
+        """The first so many members of every tensor, along a new first axis; None for those that do not move."""
         return [
-            Noise(
-                population.noise,
-                population.windows_of(
-                    entry.parameter.numel(),
-                    step=self._step,
-                    member=self._first + member,
-                    tensor=entry.index,
-                    rank=self._rank,
-                    paired=self._paired,
-                ),
-                entry.parameter,
+            None
+            if scale is None
+            else stacked_members(
+                self._population.noise, [self.windows(entry, i) for i in range(members)], entry.parameter, scale
             )
-            for entry in self.entries
+            for entry, scale in zip(self.entries, self.scales, strict=True)
         ]
 
     def enter(self, member: int) -> None:
         """Move the weights to a member, from the mean or from another member."""
-        self._noises = self.noises(member)
+        noise = self._population.noise
+        self._noises = [Noise(noise, self.windows(entry, member), entry.parameter) for entry in self.entries]
         self._weights.enter(self.entries, self.scales, self._noises)
 
     def leave(self) -> None:

@@ -1,7 +1,6 @@
 """All members at once: one forward and one backward over stacked copies of the parameters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,21 +14,12 @@ from gradwise_torch._buffers import AVERAGED
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._weights import at_least_float32
 
-__all__ = ["Stack", "StackedResult", "compiled_gradients", "stacked_gradients", "vmapped"]
+__all__ = ["Stack", "compiled_gradients", "stacked_gradients", "vmapped"]
 
 COUNTED = (*AVERAGED, "num_batches_tracked")  # buffers that normalisation layers write to in a training-mode forward
 
-
-@dataclass(frozen=True)
-class StackedResult:
-    """What the members said; all but the sizes have a first axis for the member."""
-
-    losses: Tensor
-    gradients: dict[str, Tensor | None]  # by the parameter's name in the model
-    buffers: dict[str, Tensor]  # likewise
-    square_norms: Tensor
-    slopes: Tensor
-    relative_sizes: Tensor
+Gradients = list[Tensor | None]
+Transform = Callable[..., tuple[Gradients, Tensor]]
 
 
 class Holder(nn.Module):
@@ -55,74 +45,76 @@ class Stack:
         What the members are.
     members : int
         How many.
+
+    Attributes
+    ----------
+    parameters : list of Tensor
+        The model's trainable parameters, each once, those that are perturbed first.
+    rows : list of Tensor
+        Likewise, with a first axis for the member.
+    names : dict
+        All the names that the parameters have in a `Holder`, so that nobody need look for tied ones, to their places.
+    buffers : dict
+        Those of normalisation layers in training mode, by name, with a first axis for the member.
+    own_buffers : list of Tensor
+        Likewise, the model's own.
     """
 
     def __init__(self, model: nn.Module, perturbation: Perturbation, members: int) -> None:
-        self.members = members
         self.model = model
-        moved = {id(entry.parameter): i for i, entry in enumerate(perturbation.entries)}
-        noises = [perturbation.noises(member) for member in range(members)] if moved else []
-        self.parameters: dict[str, Tensor] = {}
-        self._moved: list[tuple[str, Tensor]] = []
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                place = moved.get(id(parameter))
-                scale = None if place is None else perturbation.scales[place]
-                if place is None or scale is None:
-                    self.parameters[name] = parameter.detach().expand(members, *parameter.shape)
-                    continue
-                stacked = torch.empty(members, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                for member, out in enumerate(stacked.unbind()):
-                    noises[member][place].move(out, parameter, scale)
-                self.parameters[name] = stacked
-                self._moved.append((name, parameter))
-        self.buffers = {
-            f"{prefix}.{name}" if prefix else name: buffer.detach().expand(members, *buffer.shape).clone()
-            for prefix, module in model.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name in COUNTED and module.training
+        self.members = members
+        moved = {
+            id(entry.parameter): (entry.parameter, rows)
+            for entry, rows in zip(perturbation.entries, perturbation.stacked(members), strict=True)
+            if rows is not None
         }
+        still = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
+        self._moved = len(moved)
+        self.parameters = [*(parameter for parameter, _ in moved.values()), *still]
+        self.rows = [*(rows for _, rows in moved.values()), *(p.detach().expand(members, *p.shape) for p in still)]
+        self.names: dict[str, int] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.own_buffers: list[Tensor] = []
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters)}
+        for prefix, module in model.named_modules(prefix="model", remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                if id(parameter) in places:
+                    self.names[f"{prefix}.{name}"] = places[id(parameter)]
+            for name, buffer in module._buffers.items() if module.training else ():
+                if buffer is not None and name in COUNTED:
+                    self.buffers[f"{prefix}.{name}"] = buffer.detach().expand(members, *buffer.shape).clone()
+                    self.own_buffers.append(buffer)
 
-    def result(self, losses: Tensor, gradients: dict[str, Tensor | None]) -> StackedResult:
-        """The losses and gradients with what they say of each other."""
-        present = [at_least_float32(g).flatten(1) for g in gradients.values() if g is not None]
-        norms = [torch.linalg.vector_norm(g, dim=1).square() for g in present]
-        slopes: list[Tensor] = []
-        sizes: list[Tensor] = []
-        for name, parameter in self._moved:
-            mean = at_least_float32(parameter.detach())
-            z = at_least_float32(self.parameters[name].detach()) - mean
-            sizes.append(torch.stack([z[0].square().sum(), mean.square().sum()]).float())
-            gradient = gradients[name]
-            if gradient is not None:
-                slopes.append(torch.linalg.vecdot(z.flatten(1), at_least_float32(gradient).flatten(1)))
-        nothing = losses.new_zeros(self.members)
-        return StackedResult(
-            losses.detach(),
-            gradients,
-            self.buffers,
-            _sum(norms, nothing),
-            _sum(slopes, nothing),
-            _sum(sizes, losses.new_zeros(2)),
-        )
+    @torch.no_grad()
+    def statistics(self, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        """``|g|^2`` and ``z . g`` of every member, and ``|z|^2, |w|^2`` of the first."""
+        places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        flat = [gradient.flatten(1) for gradient in gradients if gradient is not None]
+        moved = [place for place in places if place < self._moved]
+        everything = at_least_float32(torch.cat(flat, 1))
+        square_norms = torch.linalg.vector_norm(everything, dim=1).square()
+        if not moved:
+            return square_norms, torch.zeros_like(square_norms), square_norms.new_zeros(2)
+        mean = at_least_float32(torch.cat([self.parameters[place].flatten() for place in moved]))
+        z = at_least_float32(torch.cat([self.rows[place].flatten(1) for place in moved], 1)) - mean
+        slopes = torch.linalg.vecdot(z, everything[:, : z.shape[1]])
+        return square_norms, slopes, torch.stack([torch.dot(z[0], z[0]), torch.dot(mean, mean)])
 
 
 def stacked_gradients(
     stack: Stack,
     loss_fn: Callable[..., Any],
     batches: Sequence[Batch],
-    transform: Callable[..., tuple[dict[str, Tensor | None], Tensor]],
+    transform: Transform,
     *,
     randomness: Literal["same", "different"],
-) -> StackedResult:
-    """Losses and gradients of all members.
+) -> tuple[Gradients, Tensor]:
+    """Gradients and losses of all members, each with a first axis for the member.
 
     Parameters
     ----------
     stack : Stack
-        The members.
+        The members. Its buffers are written to.
     loss_fn : callable
         ``loss_fn(model, *args, **kwargs) -> mean loss``.
     batches : sequence of Batch
@@ -131,71 +123,72 @@ def stacked_gradients(
         `vmapped`, or `compiled_gradients` after torch.compile.
     randomness : {"same", "different"}
         Whether members have the same dropout masks.
+
+    Returns
+    -------
+    gradients : list
+        As ``stack.parameters``; None where the loss does not depend on one.
+    losses : Tensor of shape (members,)
     """
-    sharded = len(batches) > 1
     holder = Holder(stack.model)
-    parts: list[tuple[dict[str, Tensor | None], Tensor]] = []
-    for run in _runs_of_equal_size(batches) if sharded else [slice(0, stack.members)]:
-        batch = _stacked(batches[run]) if sharded else batches[0]
-        dims = [0 if sharded and isinstance(leaf, Tensor) and leaf.ndim else None for leaf in batch.leaves]
-        parameters, buffers = (
-            {f"model.{name}": tensor[run] for name, tensor in group.items()}
-            for group in (stack.parameters, stack.buffers)
-        )
-        in_dims = (0, 0, *Batch(dims, batch.tree).arguments())
-        parts.append(transform(holder, loss_fn, parameters, buffers, *batch.arguments(), in_dims, randomness))
+    if len(batches) == 1:
+        batch, in_dims = batches[0], (0, 0, None, None)
+        parts = [
+            transform(holder, loss_fn, stack.names, stack.rows, stack.buffers, *batch.arguments(), in_dims, randomness)
+        ]
+    else:
+        parts = []
+        for run in _runs_of_equal_size(batches):
+            batch = _stacked(batches[run])
+            dims = [0 if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in batch.leaves]
+            in_dims = (0, 0, *Batch(dims, batch.tree).arguments())
+            rows = [row[run] for row in stack.rows]
+            buffers = {name: buffer[run] for name, buffer in stack.buffers.items()}
+            parts.append(
+                transform(holder, loss_fn, stack.names, rows, buffers, *batch.arguments(), in_dims, randomness)
+            )
     losses = torch.cat([losses for _, losses in parts])
     if losses.shape != (stack.members,):
         msg = f"the loss must be one number for each member; got shape {tuple(losses.shape)} for {stack.members}"
         raise ValueError(msg)
-    return stack.result(losses, {name: _cat([g[f"model.{name}"] for g, _ in parts]) for name in stack.parameters})
+    return [_cat(gradients) for gradients in zip(*[gradients for gradients, _ in parts], strict=True)], losses.detach()
 
 
 def vmapped(
-    holder: Holder,
-    loss_fn: Callable[..., Any],
-    parameters: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    in_dims: Any,
-    randomness: str,
-) -> tuple[dict[str, Tensor | None], Tensor]:
+    holder: Holder, loss_fn: Any, names: dict[str, int], rows: list[Tensor], *inputs: Any
+) -> tuple[Gradients, Tensor]:
     """Forward under vmap, backward by plain autograd, which spares the small operations the layers of functorch."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-    member_loss = partial(_member_loss, holder, loss_fn)
-    losses = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, buffers, args, kwargs)
+    *data, in_dims, randomness = inputs
+    leaves = [tensor.detach().requires_grad_() for tensor in rows]
+    member_loss = partial(_member_loss, holder, loss_fn, names)
+    losses: Tensor = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, *data)
     losses.sum().backward()
-    return {name: leaf.grad for name, leaf in leaves.items()}, losses
+    return [leaf.grad for leaf in leaves], losses
 
 
 def compiled_gradients(
-    holder: Holder,
-    loss_fn: Callable[..., Any],
-    parameters: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    in_dims: Any,
-    randomness: str,
-) -> tuple[dict[str, Tensor | None], Tensor]:
+    holder: Holder, loss_fn: Any, names: dict[str, int], rows: list[Tensor], *inputs: Any
+) -> tuple[Gradients, Tensor]:
     """The same as one function for torch.compile, which cannot see a backward but can see ``torch.func.grad``."""
+    *data, in_dims, randomness = inputs
 
     def member_loss(*inputs: Any) -> Any:
-        return _member_loss(holder, loss_fn, *inputs)
+        return _member_loss(holder, loss_fn, names, *inputs)
 
-    return vmap(grad_and_value(member_loss), in_dims=in_dims, randomness=randomness)(parameters, buffers, args, kwargs)
+    return vmap(grad_and_value(member_loss), in_dims=in_dims, randomness=randomness)(rows, *data)
 
 
 def _member_loss(
     holder: Holder,
-    loss_fn: Callable[..., Any],
-    parameters: dict[str, Tensor],
+    loss_fn: Any,
+    names: dict[str, int],
+    parameters: list[Tensor],
     buffers: dict[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    return functional_call(holder, {**parameters, **buffers}, (loss_fn, *args), kwargs)
+    tensors = {**{name: parameters[place] for name, place in names.items()}, **buffers}
+    return functional_call(holder, tensors, (loss_fn, *args), kwargs, tie_weights=False)
 
 
 def _runs_of_equal_size(batches: Sequence[Batch]) -> list[slice]:
@@ -218,12 +211,7 @@ def _stacked(shards: Sequence[Batch]) -> Batch:
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
-    if len(parts) == 1:
-        return parts[0]
     some = [part for part in parts if part is not None]
-    return torch.cat(some) if len(some) == len(parts) else None
-
-
-def _sum(rows: Sequence[Tensor], nothing: Tensor) -> Tensor:
-    device = nothing.device
-    return torch.stack([nothing.float(), *(row.to(device=device, dtype=torch.float32) for row in rows)]).sum(0)
+    if not some:
+        return None  # the loss does not depend on it
+    return some[0] if len(parts) == 1 else torch.cat(some)  # of one program, so that all are there or none

@@ -182,7 +182,9 @@ def total(scalars: Sequence[Tensor]) -> Tensor:
     if not scalars:
         return torch.zeros(())
     device = scalars[0].device
-    return torch.stack([scalar.to(device=device, dtype=torch.float32) for scalar in scalars]).sum()
+    if any(scalar.device != device for scalar in scalars):
+        scalars = [scalar.to(device) for scalar in scalars]
+    return torch.stack(list(scalars)).sum().float()
 
 
 def _sigma_of(group: dict[str, Any], population: Population, step: int) -> float:
