@@ -142,9 +142,10 @@ class DerivativeLoss(nn.Module):
                 else known_weight(target, known, sample_weight=goal.sample_weight, xp=torch)
             )
             if chosen is not None:
-                index = chosen.unsqueeze(2).expand(predicted.shape)
-                target = target.gather(1, index)
-                known = None if known is None else known.gather(1, index)
+                # Not gather: it wants an index for every entry, and takes three times as long for images.
+                each = torch.arange(batch, device=x.device).unsqueeze(1), chosen
+                target = target[each]
+                known = None if known is None else known[each]
                 scale = None if scale is None else scale[chosen]
                 if self.loss == "huber" and isinstance(threshold, Tensor):  # "mse" has no use for it
                     threshold = threshold[chosen]
