@@ -29,7 +29,7 @@ def test_windows_cover_the_tensor_and_stay_in_the_table(key: tuple[int, ...], si
     assert all(length == CHUNK for _, length, _ in windows[:-1])
     for offset, length, sign in windows:
         assert offset % GRAIN == 0
-        assert 0 <= offset
+        assert offset >= 0
         assert offset + length <= len(noise_table("gaussian"))
         assert sign in (-1, 1)
 

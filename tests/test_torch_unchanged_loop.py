@@ -40,7 +40,7 @@ def test_a_training_forward_enters_a_member_and_step_leaves_it() -> None:
     assert is_mean(weight, member)
     gradient = weight.grad.clone()  # type: ignore[union-attr] - set by backward
     optimizer.step()
-    assert torch.equal(weight.detach(), mean - 0.1 * gradient)
+    assert torch.equal(weight.detach(), torch.add(mean, gradient, alpha=-0.1))  # as SGD computes it
 
 
 ENDINGS: dict[str, Callable[[Any, PopulationGradient], object]] = {

@@ -3,6 +3,7 @@
 The references use plain torch and the core's noise, one obvious statement after the other, and nothing of the adapter.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,7 +130,11 @@ def perturb_by_hand(
         )
         sigma = population.sigma_at(step)
         with torch.no_grad():
-            p.copy_(torch.addcmul(wide, torch.from_numpy(noise), sigma * wide.square().mean().sqrt()))
+            p.copy_(
+                torch.addcmul(
+                    wide, torch.from_numpy(noise), sigma * (torch.linalg.norm(wide) / math.sqrt(wide.numel()))
+                )
+            )
     return mean
 
 
@@ -163,7 +168,7 @@ def reference_closure_step(
                     wide = at_start[index].float() if p.dtype == torch.bfloat16 else at_start[index]
                     kind = str(wide.dtype).split(".")[1]
                     noise = population.unit_noise(tuple(p.shape), step=step, member=member, tensor=index, dtype=kind)
-                    scale = population.sigma_at(step) * wide.square().mean().sqrt()
+                    scale = population.sigma_at(step) * (torch.linalg.norm(wide) / math.sqrt(wide.numel()))
                     with torch.no_grad():
                         p.copy_(torch.addcmul(here[index].to(wide.dtype), torch.from_numpy(noise), scale))
             inner.zero_grad()

@@ -20,6 +20,7 @@ class BatchOptimizer(MemberOptimizer):
     """Adds `backward` and `step_batch` to an optimizer that has members."""
 
     _refused: set[Any]  # paths that a loss function has proved impossible
+    _proven: set[Any]  # those that were tried
     _norm_statistics: Literal["mean", "recalibrate"]
     _on_nonfinite: Literal["raise", "skip"]
     _share_masks: bool
@@ -148,7 +149,8 @@ class BatchOptimizer(MemberOptimizer):
             if loss is None and key not in self._refused:
                 reason = obstacle(work.model, self._parameters())
                 if reason is None:
-                    loss, reason = work.all_at_once(path)
+                    loss, reason = work.all_at_once(path, proven=key in self._proven)
+                    self._proven.add(key)
                 if reason is not None:
                     self._refused.add(key)
                     refusals.append(f'vectorize="{path}" is not possible here ({reason})')
@@ -162,7 +164,7 @@ class BatchOptimizer(MemberOptimizer):
     def _check_backward(self, loss_fn: Any, vectorize: Any) -> nn.Module:
         self._check_not_by_hand("backward")
         if self.model is None:
-            msg = "`model` must be given to PopulationGradient for backward(loss_fn, ...), which calls loss_fn(model, ...)"
+            msg = "`model` must be given to PopulationGradient for backward(loss_fn, ...): it calls loss_fn(model, ...)"
             raise ValueError(msg)
         if not callable(loss_fn):
             msg = f"`loss_fn` must be a callable loss_fn(model, *batch) -> loss; got {type(loss_fn).__name__}"

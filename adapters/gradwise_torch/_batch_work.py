@@ -80,9 +80,10 @@ class BatchWork:
         assert isinstance(loss, Tensor)
         return loss
 
-    def all_at_once(self, path: str) -> tuple[Tensor | None, str | None]:
+    def all_at_once(self, path: str, *, proven: bool) -> tuple[Tensor | None, str | None]:
         """The loss, or the reason why it cannot be done; neither if a loss is not finite, which the loop sees to."""
-        start = RandomStreams(self._devices())
+        # Where the streams stand is of use only if this fails, and takes 60 us to find out.
+        start = None if proven and not self.recalibrate else RandomStreams(self._devices())
         buffers = MemberBuffers(self.model)
         try:
             with torch.enable_grad():
@@ -103,18 +104,21 @@ class BatchWork:
         finally:
             torch.clear_autocast_cache()  # it holds casts of the stacked weights
         buffers.rewind()
-        start.rewind()
+        if start is not None:
+            start.rewind()
         return None, reason
 
     @torch.no_grad()
-    def _take(self, stack: Stack, gradients: list[Tensor | None], losses: Tensor, start: RandomStreams) -> Tensor:
+    def _take(
+        self, stack: Stack, gradients: list[Tensor | None], losses: Tensor, start: RandomStreams | None
+    ) -> Tensor:
         weights = None if len(set(self.sizes)) == 1 else losses.new_tensor(self.sizes) / sum(self.sizes)
         means = [None if gradient is None else _mean(gradient, weights) for gradient in gradients]
         add_gradients(stack.parameters, means)
-        square_norms, slopes, self.record.relative_sizes = stack.statistics(gradients)
-        self.record.add_members(losses, square_norms, slopes)
+        self.record.add_members(losses, *stack.statistics(gradients))
+        self.record.relative_sizes = stack.relative_sizes()
         self.record.mean_square_norm = square_norm(means)
-        if self.recalibrate:
+        if self.recalibrate and start is not None:
             end = RandomStreams(self._devices())
             start.rewind()
             self._clean_forward()

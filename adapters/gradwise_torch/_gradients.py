@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradwise._statistics import running_mean
+from gradwise_torch._probe import WHOLE, Probe
 from gradwise_torch._weights import at_least_float32, total
 
 __all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
@@ -14,9 +15,10 @@ __all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
 class MemberGradients:
     """Averages the members' gradients; how ``.grad`` looks before and after is for the two kinds of it to say."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
         self.accumulated = False  # whether a member's gradient may hold what was there before the members
         self._parameters = parameters
+        self._probe = probe
         self._given = [parameter.grad for parameter in parameters]
         self._mean: list[Tensor | None] = []
 
@@ -28,7 +30,6 @@ class MemberGradients:
         """Put ``.grad`` back to what it was before the members."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def collect(self, fraction: float) -> Tensor:
         """Take in a member's gradients, as a fraction of all so far; return their squared norm."""
         produced = [parameter.grad for parameter in self._parameters]
@@ -36,7 +37,7 @@ class MemberGradients:
             self._mean = [None if gradient is None else self._kept(gradient.detach()) for gradient in produced]
         else:
             self._mean = _means(self._mean, produced, fraction)
-        return square_norm(produced)
+        return square_norm(produced, self._probe)
 
     def _kept(self, gradient: Tensor) -> Tensor:
         return gradient.clone()  # the next member may write to the same storage
@@ -54,8 +55,8 @@ class ClosureGradients(MemberGradients):
     gradients' storage.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__(parameters)
+    def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
+        super().__init__(parameters, probe)
         self._start = [None if gradient is None else gradient.detach().clone() for gradient in self._given]
 
     def rewind(self) -> None:
@@ -77,7 +78,6 @@ class ClosureGradients(MemberGradients):
             for parameter, given, start in zip(self._parameters, self._given, self._start, strict=True)
         )
 
-    @torch.no_grad()
     def collect(self, fraction: float) -> Tensor:
         """Take in what a member made of the gradients."""
         if fraction == 1:
@@ -87,7 +87,6 @@ class ClosureGradients(MemberGradients):
             )
         return super().collect(fraction)
 
-    @torch.no_grad()
     def finish(self) -> Tensor:
         """Leave the mean in ``.grad``, in the same storage where it still is."""
         for parameter, given, mean in zip(self._parameters, self._given, self._mean, strict=True):
@@ -95,14 +94,14 @@ class ClosureGradients(MemberGradients):
                 given.copy_(mean)
             else:
                 parameter.grad = mean
-        return square_norm(self._mean)
+        return square_norm(self._mean, self._probe)
 
 
 class AddedGradients(MemberGradients):
     """Gives every member an empty ``.grad`` and in the end adds the mean to what was there, as one backward does."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__(parameters)
+    def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
+        super().__init__(parameters, probe)
         # A view may be a bucket that the members' own backwards write to (DDP's gradient_as_bucket_view).
         self._start = [g.detach().clone() if g is not None and is_view(g) else g for g in self._given]
         self.rewind()
@@ -123,12 +122,11 @@ class AddedGradients(MemberGradients):
     def _kept(self, gradient: Tensor) -> Tensor:
         return gradient.clone() if is_view(gradient) else gradient
 
-    @torch.no_grad()
     def finish(self) -> Tensor:
         """Leave ``what was there + mean`` in ``.grad``."""
         self.restore()
         add_gradients(self._parameters, self._mean)
-        return square_norm(self._mean)
+        return square_norm(self._mean, self._probe)
 
 
 @torch.no_grad()
@@ -172,8 +170,9 @@ def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], frac
     return result
 
 
-def square_norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """``|g|^2`` over all tensors, in float32 or better; no device sync."""
-    present = [at_least_float32(g.coalesce().values() if g.is_sparse else g) for g in gradients if g is not None]
-    norms = torch._foreach_norm(present) if present else []  # type: ignore[reportPrivateImportUsage] - one call for all
-    return total([norm.square() for norm in norms])
+def square_norm(gradients: Sequence[Tensor | None], probe: Probe = WHOLE) -> Tensor:
+    """``|g|^2`` over all tensors as estimated from the probe, in float32 or better; no device sync."""
+    present = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+    parts = [at_least_float32(probe.part(g.detach())) for g in present]
+    norms = torch._foreach_norm(parts) if parts else []  # type: ignore[reportPrivateImportUsage] - one call for all
+    return total([norm.square().mul_(probe.factor(g.numel())) for norm, g in zip(norms, present, strict=True)])

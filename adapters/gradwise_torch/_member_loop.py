@@ -68,6 +68,7 @@ class MemberLoop:
         self.skipped = 0
         self._evaluate = evaluate
         self._perturbation = perturbation
+        self._probe = perturbation.probe()
         self._parameters = parameters
         self._gradients = gradients
         self._sizes = sizes
@@ -79,9 +80,10 @@ class MemberLoop:
         self._start: RandomStreams | None = None
         self._end: RandomStreams | None = None
 
+    @torch.no_grad()
     def __call__(self) -> Loss | None:
         """One evaluation: the mean of the members' losses, with the mean of their gradients in ``.grad``."""
-        gradients = self._gradients(self._parameters)
+        gradients = self._gradients(self._parameters, self._probe)
         buffers = MemberBuffers(self._model)
         try:
             try:
@@ -115,7 +117,7 @@ class MemberLoop:
             counted += size
             fraction = size / counted
             square_norm = gradients.collect(fraction)
-            self.record.add_member(loss=value, square_norm=square_norm, slope=self._perturbation.slope())
+            self.record.add_member(loss=value, square_norm=square_norm, slope=self._perturbation.slope(self._probe))
             mean_loss = running_mean(mean_loss, value, fraction)
             buffers.collect(fraction)
         self._check_finite()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradwise._noise import GRAIN, Window, noise_table
+from gradwise_torch._probe import Probe
 
 __all__ = ["Noise", "stacked_members"]
 
@@ -55,19 +56,28 @@ class Noise:
         else:
             torch.addcmul(mean, self.gathered(), scale, out=out)
 
-    def dot(self, values: Tensor, scale: Tensor) -> Tensor:
-        """``sum(scale * noise * values)``, in float32 or better."""
+    def norm(self) -> Tensor:
+        """Root of the sum of squares."""
+        norms = [torch.linalg.vector_norm(part) for part, _ in self._parts]
+        return norms[0] if len(norms) == 1 else torch.stack(norms or [torch.zeros(())]).norm()
+
+    def dot(self, values: Tensor, scale: Tensor, probe: Probe) -> Tensor:
+        """``sum(scale * noise * values)`` as estimated from the probe, in float32 or better."""
+        size = values.numel()
+        span, factor = probe.span(size), probe.factor(size)
         if scale.ndim:
-            return (self.gathered() * scale * values).sum()
+            return factor * (self.gathered() * scale * values).flatten()[span].sum()
         flat = values.flatten()
         dtype = torch.promote_types(flat.dtype, torch.float32)
         dot: Tensor | None = None
-        start = 0
+        end = 0
         for part, sign in self._parts:
-            end = start + len(part)
-            piece = torch.dot(part.to(dtype), flat[start:end].to(dtype))
-            dot = piece.mul_(sign) if dot is None else dot.add_(piece, alpha=sign)
-            start = end
+            start, end = end, end + len(part)
+            first, last = max(start, span.start), min(end, span.stop)
+            if first < last:
+                own = part if last - first == len(part) else part[first - start : last - start]
+                piece = torch.dot(own.to(dtype), flat[first:last].to(dtype))
+                dot = piece.mul_(sign * factor) if dot is None else dot.add_(piece, alpha=sign * factor)
         return flat.new_zeros(()) if dot is None else dot.mul_(scale)
 
 

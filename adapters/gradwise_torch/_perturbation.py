@@ -9,6 +9,7 @@ from torch import Tensor
 from gradwise._noise import Window
 from gradwise._population import Population
 from gradwise_torch._noise import Noise, stacked_members
+from gradwise_torch._probe import Probe
 from gradwise_torch._weights import Entry, Weights
 
 __all__ = ["Perturbation", "process_rank"]
@@ -88,20 +89,25 @@ class Perturbation:
         """Bring the mean back."""
         self._weights.leave()
 
-    def slope(self) -> Tensor:
+    def slope(self, probe: Probe) -> Tensor:
         """``z . g`` of the member in place."""
-        return self._weights.slope(self.scales, self._noises)
+        return self._weights.slope(self.scales, self._noises, probe)
 
     def relative_sizes(self) -> Tensor:
         """``|z|^2`` and ``|w|^2`` of the member in place."""
-        return self._weights.relative_sizes()
+        return self._weights.relative_sizes(self.scales, self._noises)
+
+    def probe(self) -> Probe:
+        """What the statistics of this step look at."""
+        return Probe(self._seed(self._first) / 2**63)
 
     def mask_seed(self, member: int) -> int:
         """A seed for what else may be random in a member: dropout masks that are not shared."""
-        beyond = max((entry.index for entry in self.entries), default=-1) + 1
-        return self._population.device_seed(
-            step=self._step, stream=self._first + member, tensor=beyond, rank=self._rank
-        )
+        return self._seed(self._first + member)
+
+    def _seed(self, stream: int) -> int:
+        beyond = max((entry.index for entry in self.entries), default=-1) + 1  # a tensor that there is not
+        return self._population.device_seed(step=self._step, stream=stream, tensor=beyond, rank=self._rank)
 
 
 def process_rank() -> int:

@@ -86,19 +86,26 @@ class Stack:
                     self.own_buffers.append(buffer)
 
     @torch.no_grad()
-    def statistics(self, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-        """``|g|^2`` and ``z . g`` of every member, and ``|z|^2, |w|^2`` of the first."""
-        places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+    def statistics(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """``|g|^2`` and ``z . g`` of every member."""
+        moved = [place for place in range(self._moved) if gradients[place] is not None]
         flat = [gradient.flatten(1) for gradient in gradients if gradient is not None]
-        moved = [place for place in places if place < self._moved]
         everything = at_least_float32(torch.cat(flat, 1))
         square_norms = torch.linalg.vector_norm(everything, dim=1).square()
         if not moved:
-            return square_norms, torch.zeros_like(square_norms), square_norms.new_zeros(2)
-        mean = at_least_float32(torch.cat([self.parameters[place].flatten() for place in moved]))
-        z = at_least_float32(torch.cat([self.rows[place].flatten(1) for place in moved], 1)) - mean
-        slopes = torch.linalg.vecdot(z, everything[:, : z.shape[1]])
-        return square_norms, slopes, torch.stack([torch.dot(z[0], z[0]), torch.dot(mean, mean)])
+            return square_norms, torch.zeros_like(square_norms)
+        mean = torch.cat([self.parameters[place].flatten() for place in moved])
+        z = torch.cat([self.rows[place].flatten(1) for place in moved], 1) - at_least_float32(mean)
+        return square_norms, torch.linalg.vecdot(z, everything[:, : z.shape[1]])  # those that move come first
+
+    @torch.no_grad()
+    def relative_sizes(self) -> Tensor:
+        """``|z|^2`` and ``|w|^2`` of the first member."""
+        if not self._moved:
+            return torch.zeros(2)
+        mean = at_least_float32(torch.cat([parameter.flatten() for parameter in self.parameters[: self._moved]]))
+        z = torch.cat([rows[0].flatten() for rows in self.rows[: self._moved]]) - mean
+        return torch.stack([torch.dot(z, z), torch.dot(mean, mean)])
 
 
 def stacked_gradients(

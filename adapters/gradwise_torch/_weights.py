@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradwise._population import Population, check_sigma
 from gradwise_torch._noise import Noise
+from gradwise_torch._probe import Probe
 
 __all__ = ["Entry", "Weights", "at_least_float32", "total"]
 
@@ -115,26 +116,28 @@ class Weights:
                     return mean
         return None
 
-    @torch.no_grad()
-    def slope(self, scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> Tensor:
+    def slope(self, scales: Sequence[Tensor | None], noises: Sequence[Noise], probe: Probe) -> Tensor:
         """``z . g`` over all entries, for the member in place and the gradients as they are; no device sync."""
         slopes = [
-            noise.dot(parameter.grad, scale)
+            noise.dot(parameter.grad, scale, probe)
             for parameter, scale, noise in zip(self._parameters, scales, noises, strict=True)
             if scale is not None and parameter.grad is not None and parameter.grad.layout == torch.strided
         ]
         return total(slopes)
 
     @torch.no_grad()
-    def relative_sizes(self) -> Tensor:
+    def relative_sizes(self, scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> Tensor:
         """``|z|^2`` and ``|w|^2`` over all entries, for the member in place; no device sync."""
-        pairs = [(at_least_float32(p.detach()), at_least_float32(m)) for p, m in self._pairs()]
-        return torch.stack(
-            [
-                total([torch.dist(parameter, mean).square() for parameter, mean in pairs]),
-                total([torch.linalg.vector_norm(mean).square() for _, mean in pairs]),
-            ]
-        )
+        norms: list[Tensor] = []
+        for (parameter, mean), scale, noise in zip(self._pairs(), scales, noises, strict=True):
+            if scale is None:
+                continue
+            if scale.ndim or parameter.element_size() < 4:  # as stored: rounding may swallow a perturbation
+                norms.append(torch.dist(at_least_float32(parameter.detach()), at_least_float32(mean)))
+            else:
+                norms.append(noise.norm() * scale)
+        sizes = [torch.linalg.vector_norm(at_least_float32(mean)) for mean in self._mean]
+        return torch.stack([total([norm.square() for norm in group]) for group in (norms, sizes)])
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self._parameters, self._mean, strict=True))

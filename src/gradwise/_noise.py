@@ -12,7 +12,7 @@ import numpy.typing as npt
 __all__ = ["Window", "key_seed", "key_windows", "noise_table"]
 
 SIZE = 1 << 22  # numbers in the table: 16 MiB
-CHUNK = 1 << 18  # the longest window; a larger tensor is made of several
+CHUNK = 1 << 20  # the longest window; a larger tensor is made of several
 GRAIN = 16  # offsets are multiples of 64 bytes: unaligned reads cost up to three times as much
 _TABLE_KEY = 0x67726164  # any constant: the table is the same in every process and on every device
 

@@ -129,7 +129,7 @@ class Population:
             return size
         ndim = len(weights.shape)
         if self.scale == "rms" or ndim == 0:
-            return size * xp.sqrt(xp.mean(xp.square(weights)))
+            return size * (xp.linalg.norm(weights) / math.sqrt(max(1, math.prod(weights.shape))))
         axes = tuple(axis for axis in range(ndim) if axis != filter_axis % ndim)
         if not axes:  # one weight per filter; an empty tuple of axes means "all of them" to torch
             return size * xp.abs(weights)
@@ -223,11 +223,13 @@ class Population:
         return key_seed(self._words(step=step, stream=stream, tensor=tensor, rank=rank))
 
     def _words(self, *, step: int, stream: int, tensor: int, rank: int) -> tuple[int, ...]:
-        words = (self.seed, rank, step, stream, tensor)
-        if not all(type(word) is int and 0 <= word < _WORD for word in words):  # the quick look
+        if not (
+            type(step) is type(stream) is type(tensor) is type(rank) is int
+            and 0 <= step | stream | tensor | rank < _WORD
+        ):
             for name, value in (("step", step), ("member", stream), ("tensor", tensor), ("rank", rank)):
                 _check_word(name, value)
-        return words
+        return self.seed, rank, step, stream, tensor
 
 
 def check_sigma(sigma: Any) -> float:
