@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradwise._statistics import running_mean
 from gradwise_torch._probe import WHOLE, Probe
-from gradwise_torch._weights import at_least_float32, total
+from gradwise_torch._weights import at_least_float32, total_square
 
 __all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
 
@@ -175,4 +175,4 @@ def square_norm(gradients: Sequence[Tensor | None], probe: Probe = WHOLE) -> Ten
     present = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
     parts = [at_least_float32(probe.part(g.detach())) for g in present]
     norms = torch._foreach_norm(parts) if parts else []  # type: ignore[reportPrivateImportUsage] - one call for all
-    return total([norm.square().mul_(probe.factor(g.numel())) for norm, g in zip(norms, present, strict=True)])
+    return total_square(norms, [probe.factor(g.numel()) for g in present])

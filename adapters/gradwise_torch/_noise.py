@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gradwise._noise import GRAIN, Window, noise_table
-from gradwise_torch._probe import Probe
 
 __all__ = ["Noise", "stacked_members"]
 
@@ -61,24 +60,16 @@ class Noise:
         norms = [torch.linalg.vector_norm(part) for part, _ in self._parts]
         return norms[0] if len(norms) == 1 else torch.stack(norms or [torch.zeros(())]).norm()
 
-    def dot(self, values: Tensor, scale: Tensor, probe: Probe) -> Tensor:
-        """``sum(scale * noise * values)`` as estimated from the probe, in float32 or better."""
-        size = values.numel()
-        span, factor = probe.span(size), probe.factor(size)
-        if scale.ndim:
-            return factor * (self.gathered() * scale * values).flatten()[span].sum()
-        flat = values.flatten()
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        dot: Tensor | None = None
-        end = 0
-        for part, sign in self._parts:
-            start, end = end, end + len(part)
-            first, last = max(start, span.start), min(end, span.stop)
-            if first < last:
-                own = part if last - first == len(part) else part[first - start : last - start]
-                piece = torch.dot(own.to(dtype), flat[first:last].to(dtype))
-                dot = piece.mul_(sign * factor) if dot is None else dot.add_(piece, alpha=sign * factor)
-        return flat.new_zeros(()) if dot is None else dot.mul_(scale)
+    def dot(self, values: Tensor, span: slice) -> tuple[Tensor, int]:
+        """``sum(noise * values)`` over a span of their numbers, in float32 or better: without its sign, and that."""
+        flat = values.view(-1) if values.is_contiguous() else values.flatten()
+        if len(self._parts) == 1:
+            part, sign = self._parts[0]
+            if len(part) > span.stop - span.start:
+                part, flat = part[span], flat[span]
+            return torch.dot(part, flat) if flat.dtype == torch.float32 else _wide_dot(part, flat), sign
+        whole = self.gathered().view(-1)
+        return _wide_dot(whole[span], flat[span]), 1
 
 
 @torch.no_grad()
@@ -111,3 +102,8 @@ def stacked_members(distribution: str, windows: Sequence[Sequence[Window]], para
     for member, own in zip(out.unbind(), windows, strict=True):
         Noise(distribution, own, parameter).move(member, parameter.detach(), scale)
     return out
+
+
+def _wide_dot(noise: Tensor, values: Tensor) -> Tensor:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return torch.dot(noise.to(dtype), values.to(dtype))

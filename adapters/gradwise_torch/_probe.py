@@ -38,8 +38,10 @@ class Probe:
 
     def factor(self, size: int) -> float:
         """Size of the tensor relative to what is looked at."""
+        if size <= self.large:
+            return 1.0
         span = self.span(size)
-        return size / (span.stop - span.start) if size else 1.0
+        return size / (span.stop - span.start)
 
     def part(self, tensor: Tensor) -> Tensor:
         """What is looked at, flat."""

@@ -11,7 +11,7 @@ from gradwise._population import Population, check_sigma
 from gradwise_torch._noise import Noise
 from gradwise_torch._probe import Probe
 
-__all__ = ["Entry", "Weights", "at_least_float32", "total"]
+__all__ = ["Entry", "Weights", "at_least_float32", "total_square"]
 
 _MOVED: set[int] = set()  # ids of all tensors that hold a member at the moment, whoever put it there
 
@@ -118,12 +118,19 @@ class Weights:
 
     def slope(self, scales: Sequence[Tensor | None], noises: Sequence[Noise], probe: Probe) -> Tensor:
         """``z . g`` over all entries, for the member in place and the gradients as they are; no device sync."""
-        slopes = [
-            noise.dot(parameter.grad, scale, probe)
-            for parameter, scale, noise in zip(self._parameters, scales, noises, strict=True)
-            if scale is not None and parameter.grad is not None and parameter.grad.layout == torch.strided
-        ]
-        return total(slopes)
+        dots: list[Tensor] = []
+        sizes: list[Tensor] = []
+        factors: list[float] = []
+        for parameter, scale, noise in zip(self._parameters, scales, noises, strict=True):
+            gradient = parameter.grad
+            if scale is None or gradient is None or gradient.layout != torch.strided:
+                continue
+            span = probe.span(gradient.numel())
+            dot, sign = noise.dot(gradient if scale.ndim == 0 else gradient * scale, span)
+            dots.append(dot)
+            sizes.append(scale if scale.ndim == 0 else scale.new_ones(()))
+            factors.append(sign * probe.factor(gradient.numel()))
+        return weighted_total(dots, factors, sizes)
 
     @torch.no_grad()
     def relative_sizes(self, scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> Tensor:
@@ -137,7 +144,7 @@ class Weights:
             else:
                 norms.append(noise.norm() * scale)
         sizes = [torch.linalg.vector_norm(at_least_float32(mean)) for mean in self._mean]
-        return torch.stack([total([norm.square() for norm in group]) for group in (norms, sizes)])
+        return torch.stack([total_square(group, [1] * len(group)).float() for group in (norms, sizes)])
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self._parameters, self._mean, strict=True))
@@ -180,14 +187,27 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def total(scalars: Sequence[Tensor]) -> Tensor:
-    """Sum over tensors that may live on several devices, in float32."""
+def weighted_total(scalars: Sequence[Tensor], factors: Sequence[float], others: Sequence[Tensor] = ()) -> Tensor:
+    """Sum of ``scalar * factor`` (``* other``) over scalars that may live on several devices; at least in float32."""
     if not scalars:
         return torch.zeros(())
+    terms = _stack(scalars)
+    if others:
+        terms = terms * _stack(others)
+    return terms.sum() if all(f == 1 for f in factors) else torch.dot(terms, terms.new_tensor(factors))
+
+
+def total_square(norms: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """Sum of ``norm^2 * factor``."""
+    return weighted_total(norms, factors, norms)
+
+
+def _stack(scalars: Sequence[Tensor]) -> Tensor:
     device = scalars[0].device
     if any(scalar.device != device for scalar in scalars):
         scalars = [scalar.to(device) for scalar in scalars]
-    return torch.stack(list(scalars)).sum().float()
+    stacked = torch.stack(list(scalars))
+    return stacked if stacked.dtype == torch.float64 else stacked.float()
 
 
 def _sigma_of(group: dict[str, Any], population: Population, step: int) -> float:
