@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ class BatchOptimizer(MemberOptimizer):
             if loss is None and key not in self._refused:
                 reason = obstacle(work.model, self._parameters())
                 if reason is None:
-                    loss, reason = work.all_at_once(path, proven=key in self._proven)
+                    with self._event.unhooked(work.model) if self._event else nullcontext():
+                        loss, reason = work.all_at_once(path, proven=key in self._proven)
                     self._proven.add(key)
                 if reason is not None:
                     self._refused.add(key)
@@ -158,7 +160,7 @@ class BatchOptimizer(MemberOptimizer):
             loss = work.one_by_one()
         if refusals:  # only now: an error of the user's own has been raised by the loop
             msg = f"{'; '.join(refusals)}. Another way is taken, which has the same result up to rounding"
-            warnings.warn(msg, UserWarning, stacklevel=4)
+            warnings.warn(msg, UserWarning, stacklevel=3)
         return loss
 
     def _check_backward(self, loss_fn: Any, vectorize: Any) -> nn.Module:

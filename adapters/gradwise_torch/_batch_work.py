@@ -10,12 +10,20 @@ from torch import Tensor, nn
 
 from gradwise_torch._batches import Batch
 from gradwise_torch._buffers import MemberBuffers
-from gradwise_torch._gradients import AddedGradients, add_gradients, square_norm
+from gradwise_torch._gradients import AddedGradients, add_gradients
 from gradwise_torch._member_loop import MemberLoop, as_scalar
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._random import RandomStreams
 from gradwise_torch._statistics import MemberRecord
-from gradwise_torch._vectorized import Stack, compiled_gradients, stacked_gradients, vmapped
+from gradwise_torch._vectorized import (
+    Holder,
+    Members,
+    Outcome,
+    arguments_of,
+    by_autograd,
+    by_functorch,
+    members_at_once,
+)
 
 __all__ = ["BatchWork"]
 
@@ -80,27 +88,30 @@ class BatchWork:
         assert isinstance(loss, Tensor)
         return loss
 
+    @torch.no_grad()
     def all_at_once(self, path: str, *, proven: bool) -> tuple[Tensor | None, str | None]:
         """The loss, or the reason why it cannot be done; neither if a loss is not finite, which the loop sees to."""
         # Where the streams stand is of use only if this fails, and takes 60 us to find out.
         start = None if proven and not self.recalibrate else RandomStreams(self._devices())
         buffers = MemberBuffers(self.model)
+        members = Members.of(self.model, self.perturbation, len(self.sizes))
         try:
-            with torch.enable_grad():
-                stack = Stack(self.model, self.perturbation, len(self.sizes))
-                gradients, losses = stacked_gradients(
-                    stack,
-                    self.loss_fn,
-                    self.shards or [self.batch],
-                    _compiled() if path == "compile" else vmapped,
-                    randomness="different" if self.sharded or not self.share_masks else "same",
-                )
+            outcome: Outcome = (_compiled() if path == "compile" else members_at_once)(
+                by_functorch if path == "compile" else by_autograd,
+                Holder(self.model),
+                self.loss_fn,
+                members,
+                arguments_of(self.shards, self.batch, len(self.sizes)),
+                self._weights(),
+                "different" if self.sharded or not self.share_masks else "same",
+            )
         except Exception as error:  # noqa: BLE001 - the loop will show whether it is the user's own
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             reason = None
-            if bool(losses.isfinite().all()):
-                return self._take(stack, gradients, losses, start), None
+            if bool(outcome.losses.isfinite().all()):
+                self._take(members, outcome, start)
+                return outcome.loss, None
         finally:
             torch.clear_autocast_cache()  # it holds casts of the stacked weights
         buffers.rewind()
@@ -108,25 +119,26 @@ class BatchWork:
             start.rewind()
         return None, reason
 
-    @torch.no_grad()
-    def _take(
-        self, stack: Stack, gradients: list[Tensor | None], losses: Tensor, start: RandomStreams | None
-    ) -> Tensor:
-        weights = None if len(set(self.sizes)) == 1 else losses.new_tensor(self.sizes) / sum(self.sizes)
-        means = [None if gradient is None else _mean(gradient, weights) for gradient in gradients]
-        add_gradients(stack.parameters, means)
-        self.record.add_members(losses, *stack.statistics(gradients))
-        self.record.relative_sizes = stack.relative_sizes()
-        self.record.mean_square_norm = square_norm(means)
+    def _take(self, members: Members, outcome: Outcome, start: RandomStreams | None) -> None:
+        add_gradients(members.parameters, outcome.gradients)
+        self.record.add_members(outcome.losses, outcome.square_norms, outcome.slopes)
+        self.record.relative_sizes = outcome.relative_sizes
+        self.record.mean_square_norm = outcome.mean_square_norm
         if self.recalibrate and start is not None:
             end = RandomStreams(self._devices())
             start.rewind()
             self._clean_forward()
             end.rewind()
         else:
-            for own, rows in zip(stack.own_buffers, stack.buffers.values(), strict=True):
-                own.copy_(_mean(rows, weights) if rows.is_floating_point() else rows[0])
-        return _mean(losses, weights)
+            for name, buffer in members.buffers.items():
+                buffer.copy_(outcome.buffers[name])
+
+    def _weights(self) -> Tensor | None:
+        """What each member counts, as a fraction; None if that is the same for all."""
+        if len(set(self.sizes)) == 1:
+            return None
+        first = self.parameters[0]
+        return torch.tensor(self.sizes, device=first.device, dtype=torch.float64) / sum(self.sizes)
 
     def _evaluate(self, member: int) -> Tensor:
         args, kwargs = (self.shards[member] if self.sharded else self.batch).arguments()
@@ -146,9 +158,5 @@ class BatchWork:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    return torch.compile(compiled_gradients)
-
-
-def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over the first axis; weighted, where members count differently."""
-    return rows.mean(0) if weights is None else torch.tensordot(weights.to(rows), rows, 1)
+    # In one piece or not at all: what breaks the graph is quicker under plain vmap.
+    return torch.compile(members_at_once, fullgraph=True)

@@ -6,7 +6,7 @@ One `MemberEvent` serves all optimizers of a model: when a new member starts, it
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +108,21 @@ class MemberEvent:
     def record_calls(self, calls: list[tuple[Any, ...]] | None) -> None:
         """Collect the inputs of the forwards to come in `calls`, or stop."""
         self._calls = calls
+
+    @contextlib.contextmanager
+    def unhooked(self, model: nn.Module) -> Iterator[None]:
+        """Take the hooks off the model's forward, which torch.compile could not go through, and put them back."""
+        places = (model._forward_pre_hooks, model._forward_hooks)
+        kept = [dict(hooks) for hooks in places]
+        try:
+            for hooks in places:
+                for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                    del hooks[key]
+            yield
+        finally:
+            for hooks, all_of_them in zip(places, kept, strict=True):
+                hooks.clear()
+                hooks.update(all_of_them)
 
     def _living(self) -> list[Participant]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]

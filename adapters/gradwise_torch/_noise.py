@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradwise._noise import GRAIN, Window, noise_table
 
-__all__ = ["Noise", "stacked_members"]
+__all__ = ["Noise", "stacked_noise"]
 
 
 @lru_cache(maxsize=64)
@@ -73,8 +73,10 @@ class Noise:
 
 
 @torch.no_grad()
-def stacked_members(distribution: str, windows: Sequence[Sequence[Window]], parameter: Tensor, scale: Tensor) -> Tensor:
-    """All members of one tensor, ``mean + scale * noise`` for each, bit for bit as one by one.
+def stacked_noise(
+    distribution: str, windows: Sequence[Sequence[Window]], like: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The noise of all members of one tensor: ``mean + noise * spread`` is what `Noise.move` makes, bit for bit.
 
     Parameters
     ----------
@@ -82,26 +84,24 @@ def stacked_members(distribution: str, windows: Sequence[Sequence[Window]], para
         ``Population.noise``.
     windows : sequence of sequence of Window
         ``Population.windows_of`` for every member.
-    parameter : Tensor
-        The mean.
+    like : Tensor
+        Gives shape and device.
     scale : Tensor
-        Broadcasts to the parameter.
+        Broadcasts to the shape.
 
     Returns
     -------
-    Tensor of shape (members, *parameter.shape)
+    noise, spread : Tensor
+        With a first axis for the member; `spread` is `scale` with the members' signs where those are not in the noise.
     """
-    if len(windows[0]) == 1:  # gather the windows, a row each
-        table = noise_on(distribution, parameter.device)
-        places = torch.tensor([offset // GRAIN for ((offset, _, _),) in windows], device=table.device)
-        rows = table.unfold(0, parameter.numel(), GRAIN)[places].view(-1, *parameter.shape)
-        signs = torch.tensor([float(sign) for ((_, _, sign),) in windows], device=scale.device, dtype=scale.dtype)
-        out = torch.addcmul(parameter.detach(), rows, scale * signs.view(-1, *[1] * parameter.ndim))
-        return out.to(parameter.dtype)
-    out = parameter.new_empty(len(windows), *parameter.shape)
-    for member, own in zip(out.unbind(), windows, strict=True):
-        Noise(distribution, own, parameter).move(member, parameter.detach(), scale)
-    return out
+    if any(len(own) != 1 for own in windows):
+        noise = torch.stack([Noise(distribution, own, like).gathered() for own in windows])
+        return noise, scale.expand(len(windows), *[1] * (like.ndim - scale.ndim), *scale.shape)
+    table = noise_on(distribution, like.device)
+    places = torch.tensor([offset // GRAIN for ((offset, _, _),) in windows], device=table.device)
+    signs = torch.tensor([sign for ((_, _, sign),) in windows], device=scale.device, dtype=scale.dtype)
+    rows = table.unfold(0, like.numel(), GRAIN).index_select(0, places)
+    return rows.view(-1, *like.shape), scale * signs.view(-1, *[1] * like.ndim)
 
 
 def _wide_dot(noise: Tensor, values: Tensor) -> Tensor:

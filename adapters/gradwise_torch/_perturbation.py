@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradwise._noise import Window
 from gradwise._population import Population
-from gradwise_torch._noise import Noise, stacked_members
+from gradwise_torch._noise import Noise, stacked_noise
 from gradwise_torch._probe import Probe
 from gradwise_torch._weights import Entry, Weights
 
@@ -68,16 +68,10 @@ class Perturbation:
             paired=self._paired,
         )
 
-    def stacked(self, members: int) -> list[Tensor | None]:
-        """The first so many members of every tensor, along a new first axis; None for those that do not move."""
-        return [
-            None
-            if scale is None
-            else stacked_members(
-                self._population.noise, [self.windows(entry, i) for i in range(members)], entry.parameter, scale
-            )
-            for entry, scale in zip(self.entries, self.scales, strict=True)
-        ]
+    def stacked(self, entry: Entry, scale: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        """Unit noise of the first so many members of one tensor, and the signed scales to multiply it by."""
+        windows = [self.windows(entry, member) for member in range(members)]
+        return stacked_noise(self._population.noise, windows, entry.parameter, scale)
 
     def enter(self, member: int) -> None:
         """Move the weights to a member, from the mean or from another member."""

@@ -1,8 +1,9 @@
 """All members at once: one forward and one backward over stacked copies of the parameters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from gradwise_torch._buffers import AVERAGED
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._weights import at_least_float32
 
-__all__ = ["Stack", "compiled_gradients", "stacked_gradients", "vmapped"]
+__all__ = ["Holder", "Members", "Outcome", "arguments_of", "by_autograd", "by_functorch", "members_at_once"]
 
 COUNTED = (*AVERAGED, "num_batches_tracked")  # buffers that normalisation layers write to in a training-mode forward
 
 Gradients = list[Tensor | None]
-Transform = Callable[..., tuple[Gradients, Tensor]]
+Differentiate = Callable[[Callable[..., Any], tuple[Any, ...], Any, str], tuple[Gradients, Tensor]]
 
 
 class Holder(nn.Module):
@@ -34,155 +35,168 @@ class Holder(nn.Module):
         return loss_fn(self.model, *args, **kwargs)
 
 
-class Stack:
-    """Members of a model as stacked parameters; memory is that of all members.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Stays as it is.
-    perturbation : Perturbation
-        What the members are.
-    members : int
-        How many.
+@dataclass(frozen=True)
+class Members:
+    r"""A model's members as what goes into one program: means, noise, and the names they have in a `Holder`.
 
     Attributes
     ----------
     parameters : list of Tensor
         The model's trainable parameters, each once, those that are perturbed first.
-    rows : list of Tensor
-        Likewise, with a first axis for the member.
+    noises : list of Tensor
+        For each that is perturbed, the unit noise of all members, of shape (members, \*shape).
+    spreads : list of Tensor
+        Likewise, the standard deviations, with signs: broadcast to the noise.
     names : dict
-        All the names that the parameters have in a `Holder`, so that nobody need look for tied ones, to their places.
+        All the names of the parameters, so that nobody need look for tied ones, to their places.
     buffers : dict
-        Those of normalisation layers in training mode, by name, with a first axis for the member.
-    own_buffers : list of Tensor
-        Likewise, the model's own.
+        Those that normalisation layers in training mode write to, by name.
     """
 
-    def __init__(self, model: nn.Module, perturbation: Perturbation, members: int) -> None:
-        self.model = model
-        self.members = members
-        moved = {
-            id(entry.parameter): (entry.parameter, rows)
-            for entry, rows in zip(perturbation.entries, perturbation.stacked(members), strict=True)
-            if rows is not None
-        }
-        still = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
-        self._moved = len(moved)
-        self.parameters = [*(parameter for parameter, _ in moved.values()), *still]
-        self.rows = [*(rows for _, rows in moved.values()), *(p.detach().expand(members, *p.shape) for p in still)]
-        self.names: dict[str, int] = {}
-        self.buffers: dict[str, Tensor] = {}
-        self.own_buffers: list[Tensor] = []
-        places = {id(parameter): place for place, parameter in enumerate(self.parameters)}
+    parameters: list[Tensor]
+    noises: list[Tensor]
+    spreads: list[Tensor]
+    names: dict[str, int]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, perturbation: Perturbation, members: int) -> "Members":
+        """The members of a model; memory is that of all of them."""
+        moved = [
+            (e, scale) for e, scale in zip(perturbation.entries, perturbation.scales, strict=True) if scale is not None
+        ]
+        ids = {id(entry.parameter) for entry, _ in moved}
+        parameters = [entry.parameter for entry, _ in moved]
+        parameters += [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+        places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        names: dict[str, int] = {}
+        buffers: dict[str, Tensor] = {}
         for prefix, module in model.named_modules(prefix="model", remove_duplicate=False):
             for name, parameter in module._parameters.items():
                 if id(parameter) in places:
-                    self.names[f"{prefix}.{name}"] = places[id(parameter)]
+                    names[f"{prefix}.{name}"] = places[id(parameter)]
             for name, buffer in module._buffers.items() if module.training else ():
                 if buffer is not None and name in COUNTED:
-                    self.buffers[f"{prefix}.{name}"] = buffer.detach().expand(members, *buffer.shape).clone()
-                    self.own_buffers.append(buffer)
-
-    @torch.no_grad()
-    def statistics(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
-        """``|g|^2`` and ``z . g`` of every member."""
-        moved = [place for place in range(self._moved) if gradients[place] is not None]
-        flat = [gradient.flatten(1) for gradient in gradients if gradient is not None]
-        everything = at_least_float32(torch.cat(flat, 1))
-        square_norms = torch.linalg.vector_norm(everything, dim=1).square()
-        if not moved:
-            return square_norms, torch.zeros_like(square_norms)
-        mean = torch.cat([self.parameters[place].flatten() for place in moved])
-        z = torch.cat([self.rows[place].flatten(1) for place in moved], 1) - at_least_float32(mean)
-        return square_norms, torch.linalg.vecdot(z, everything[:, : z.shape[1]])  # those that move come first
-
-    @torch.no_grad()
-    def relative_sizes(self) -> Tensor:
-        """``|z|^2`` and ``|w|^2`` of the first member."""
-        if not self._moved:
-            return torch.zeros(2)
-        mean = at_least_float32(torch.cat([parameter.flatten() for parameter in self.parameters[: self._moved]]))
-        z = torch.cat([rows[0].flatten() for rows in self.rows[: self._moved]]) - mean
-        return torch.stack([torch.dot(z, z), torch.dot(mean, mean)])
+                    buffers[f"{prefix}.{name}"] = buffer
+        stacked = [perturbation.stacked(entry, scale, members) for entry, scale in moved]
+        return cls(parameters, [noise for noise, _ in stacked], [spread for _, spread in stacked], names, buffers)
 
 
-def stacked_gradients(
-    stack: Stack,
+class Outcome(NamedTuple):
+    """What the members said: means over them, and statistics by member."""
+
+    loss: Tensor
+    gradients: Gradients  # as `Members.parameters`; None where the loss does not depend on one
+    buffers: dict[str, Tensor]
+    losses: Tensor
+    square_norms: Tensor
+    slopes: Tensor
+    relative_sizes: Tensor
+    mean_square_norm: Tensor
+
+
+def members_at_once(
+    differentiate: Differentiate,
+    holder: Holder,
     loss_fn: Callable[..., Any],
-    batches: Sequence[Batch],
-    transform: Transform,
-    *,
-    randomness: Literal["same", "different"],
-) -> tuple[Gradients, Tensor]:
-    """Gradients and losses of all members, each with a first axis for the member.
+    members: Members,
+    batches: Sequence[tuple[slice, Any, Any]],
+    weights: Tensor | None,
+    randomness: str,
+) -> Outcome:
+    """One program for all members, which can be compiled as a whole.
 
     Parameters
     ----------
-    stack : Stack
-        The members. Its buffers are written to.
-    loss_fn : callable
-        ``loss_fn(model, *args, **kwargs) -> mean loss``.
-    batches : sequence of Batch
-        One that all members share, or a shard for each, with sizes that are equal or one apart.
-    transform : callable
-        `vmapped`, or `compiled_gradients` after torch.compile.
+    differentiate : callable
+        `by_autograd` or `by_functorch`.
+    holder, loss_fn
+        The model in a `Holder`, and the user's function of it.
+    members : Members
+        The weights.
+    batches : sequence of (slice, (args, kwargs), (args, kwargs))
+        Which members see which arguments, stacked where the second of the two says 0, shared where it says None.
+    weights : Tensor of shape (members,), optional
+        How much each counts; they sum to 1.
     randomness : {"same", "different"}
         Whether members have the same dropout masks.
-
-    Returns
-    -------
-    gradients : list
-        As ``stack.parameters``; None where the loss does not depend on one.
-    losses : Tensor of shape (members,)
     """
-    holder = Holder(stack.model)
-    if len(batches) == 1:
-        batch, in_dims = batches[0], (0, 0, None, None)
-        parts = [
-            transform(holder, loss_fn, stack.names, stack.rows, stack.buffers, *batch.arguments(), in_dims, randomness)
-        ]
-    else:
-        parts = []
-        for run in _runs_of_equal_size(batches):
-            batch = _stacked(batches[run])
-            dims = [0 if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in batch.leaves]
-            in_dims = (0, 0, *Batch(dims, batch.tree).arguments())
-            rows = [row[run] for row in stack.rows]
-            buffers = {name: buffer[run] for name, buffer in stack.buffers.items()}
-            parts.append(
-                transform(holder, loss_fn, stack.names, rows, buffers, *batch.arguments(), in_dims, randomness)
-            )
+    count = len(weights) if weights is not None else batches[-1][0].stop
+    moved = [
+        torch.addcmul(parameter.detach(), noise, spread).to(parameter.dtype)
+        for parameter, noise, spread in zip(members.parameters, members.noises, members.spreads, strict=False)
+    ]
+    still = [p.detach().expand(count, *p.shape) for p in members.parameters[len(moved) :]]
+    buffers = {name: buffer.expand(count, *buffer.shape).clone() for name, buffer in members.buffers.items()}
+    parts: list[tuple[Gradients, Tensor]] = []
+    for run, arguments, dims in batches:
+        member_loss = partial(_member_loss, holder, loss_fn, members.names)
+        inputs = ([row[run] for row in (*moved, *still)], {name: b[run] for name, b in buffers.items()}, *arguments)
+        parts.append(differentiate(member_loss, inputs, (0, 0, *dims), randomness))
     losses = torch.cat([losses for _, losses in parts])
-    if losses.shape != (stack.members,):
-        msg = f"the loss must be one number for each member; got shape {tuple(losses.shape)} for {stack.members}"
+    if losses.shape != (count,):
+        msg = f"the loss must be one number for each member; got shape {tuple(losses.shape)} for {count}"
         raise ValueError(msg)
-    return [_cat(gradients) for gradients in zip(*[gradients for gradients, _ in parts], strict=True)], losses.detach()
+    gradients = [_cat(rows) for rows in zip(*[gradients for gradients, _ in parts], strict=True)]
+    return Outcome(
+        _mean(losses, weights),
+        [None if rows is None else _mean(rows, weights) for rows in gradients],
+        {name: _mean(b, weights) if b.is_floating_point() else b[0] for name, b in buffers.items()},
+        losses,
+        *_statistics(gradients, moved, members.parameters, weights),
+    )
 
 
-def vmapped(
-    holder: Holder, loss_fn: Any, names: dict[str, int], rows: list[Tensor], *inputs: Any
+def _statistics(
+    gradients: Gradients, moved: list[Tensor], means: list[Tensor], weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``|g|^2`` and ``z . g`` of every member, ``|z|^2, |w|^2`` of the first, and ``|mean g|^2``."""
+    everything = at_least_float32(torch.cat([rows.flatten(1) for rows in gradients if rows is not None], 1))
+    mean = _mean(everything, weights)
+    square_norms, mean_square_norm = everything.square().sum(1), mean.square().sum()
+    used = [place for place in range(len(moved)) if gradients[place] is not None]
+    if not used:
+        return square_norms, torch.zeros_like(square_norms), square_norms.new_zeros(2), mean_square_norm
+    w = at_least_float32(torch.cat([means[place].detach().flatten() for place in used]))
+    z = torch.cat([moved[place].flatten(1) for place in used], 1) - w
+    slopes = (z * everything[:, : z.shape[1]]).sum(1)  # those that move come first
+    return square_norms, slopes, torch.stack([z[0].square().sum(), w.square().sum()]), mean_square_norm
+
+
+def by_autograd(
+    member_loss: Callable[..., Any], inputs: tuple[Any, ...], in_dims: Any, randomness: str
 ) -> tuple[Gradients, Tensor]:
     """Forward under vmap, backward by plain autograd, which spares the small operations the layers of functorch."""
-    *data, in_dims, randomness = inputs
-    leaves = [tensor.detach().requires_grad_() for tensor in rows]
-    member_loss = partial(_member_loss, holder, loss_fn, names)
-    losses: Tensor = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, *data)
-    losses.sum().backward()
-    return [leaf.grad for leaf in leaves], losses
+    rows, *others = inputs
+    leaves = [row.requires_grad_() for row in map(Tensor.detach, rows)]
+    with torch.enable_grad():
+        losses: Tensor = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, *others)
+        losses.sum().backward()
+    return [leaf.grad for leaf in leaves], losses.detach()
 
 
-def compiled_gradients(
-    holder: Holder, loss_fn: Any, names: dict[str, int], rows: list[Tensor], *inputs: Any
+def by_functorch(
+    member_loss: Callable[..., Any], inputs: tuple[Any, ...], in_dims: Any, randomness: str
 ) -> tuple[Gradients, Tensor]:
-    """The same as one function for torch.compile, which cannot see a backward but can see ``torch.func.grad``."""
-    *data, in_dims, randomness = inputs
+    """The same for torch.compile, which cannot see a backward but can see ``torch.func.grad``."""
 
-    def member_loss(*inputs: Any) -> Any:
-        return _member_loss(holder, loss_fn, names, *inputs)
+    def loss_of(*inputs: Any) -> Any:
+        return member_loss(*inputs)
 
-    return vmap(grad_and_value(member_loss), in_dims=in_dims, randomness=randomness)(rows, *data)
+    gradients, losses = vmap(grad_and_value(loss_of), in_dims=in_dims, randomness=randomness)(*inputs)
+    return gradients, losses
+
+
+def arguments_of(shards: Sequence[Batch], batch: Batch, members: int) -> list[tuple[slice, Any, Any]]:
+    """The `batches` of `members_at_once`: one that all share, or the shards, stacked where their sizes are equal."""
+    if not shards:
+        return [(slice(0, members), batch.arguments(), (None, None))]
+    result: list[tuple[slice, Any, Any]] = []
+    for run in _runs_of_equal_size(shards):
+        stacked = _stacked(shards[run])
+        dims = [0 if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in stacked.leaves]
+        result.append((run, stacked.arguments(), Batch(dims, stacked.tree).arguments()))
+    return result
 
 
 def _member_loss(
@@ -222,3 +236,8 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
     if not some:
         return None  # the loss does not depend on it
     return some[0] if len(parts) == 1 else torch.cat(some)  # of one program, so that all are there or none
+
+
+def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over the first axis; weighted, where members count differently."""
+    return rows.mean(0) if weights is None else torch.tensordot(weights.to(rows), rows, 1)
