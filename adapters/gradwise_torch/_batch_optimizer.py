@@ -1,7 +1,7 @@
 """Members of a batch that the optimizer is given: one after the other, at once, or each on rows of its own."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -98,7 +98,8 @@ class BatchOptimizer(MemberOptimizer):
             shards,
             sizes=[shard.rows() for shard in shards] if sharded else [1] * self.population.size,
             perturbation=self._perturbation(first=self._streams, paired=not sharded),
-            parameters=unique(self._parameters(), model.parameters()),
+            parameters=self._parameters(),
+            of_model=list(model.parameters()),
             on_nonfinite=self._on_nonfinite,
             share_masks=self._share_masks,
             recalibrate=self._norm_statistics == "recalibrate",
@@ -148,7 +149,7 @@ class BatchOptimizer(MemberOptimizer):
             # By code, since a lambda in the training loop is a new object every time.
             key = (path, work.sharded, getattr(work.loss_fn, "__code__", work.loss_fn))
             if loss is None and key not in self._refused:
-                reason = obstacle(work.model, self._parameters())
+                reason = obstacle(work.model, work.parameters, work.of_model)
                 if reason is None:
                     with self._event.unhooked(work.model) if self._event else nullcontext():
                         loss, reason = work.all_at_once(path, proven=key in self._proven)
@@ -175,8 +176,3 @@ class BatchOptimizer(MemberOptimizer):
             msg = f"`vectorize` must be one of {PATHS}; got {vectorize!r}"
             raise ValueError(msg)
         return self.model
-
-
-def unique(*groups: Iterable[Tensor]) -> list[Tensor]:
-    """All tensors, each once."""
-    return list({id(tensor): tensor for group in groups for tensor in group}.values())

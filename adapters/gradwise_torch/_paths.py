@@ -1,6 +1,6 @@
 """How the members of a batch are computed: one after the other, or at once, and when which is quicker."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,19 +29,27 @@ def automatic_path(model: nn.Module, rows: int, *, sharded: bool) -> str:
     return "loop"
 
 
-def obstacle(model: nn.Module, parameters: Iterable[Tensor]) -> str | None:
+def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[Tensor]) -> str | None:
     """Why the members of this model cannot be computed at once, as far as that shows beforehand; None if it does not.
 
     What shows only in the attempt (operations without a batching rule, control flow that depends on data) raises there.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What the loss function calls.
+    parameters, of_model : sequence of Tensor
+        Those of the optimizer and those of the model.
     """
-    kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, kinds) or any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return "the model is distributed, and its gradients would not be reduced"
-    own = {id(parameter): parameter for parameter in model.parameters()}
+    own = {id(parameter) for parameter in of_model}
     if any(id(parameter) not in own for parameter in parameters):
         return "the optimizer has parameters that the model does not have"
-    if any(_hooked(parameter) for parameter in own.values()):
+    if any(_hooked(parameter) for parameter in of_model):
         return "a parameter has a gradient hook, which would not run once per member"
+    if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in of_model):
+        return "a parameter is a tensor subclass, such as those of sharded models"
     return None
 
 

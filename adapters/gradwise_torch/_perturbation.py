@@ -57,26 +57,26 @@ class Perturbation:
         self._first = first * (2 if paired and population.antithetic else 1)
         self._noises: list[Noise] = []
 
-    def windows(self, entry: Entry, member: int) -> Sequence[Window]:
-        """Where the noise of one tensor of one member stands."""
+    def stacked(self, entry: Entry, scale: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        """Unit noise of the first so many members of one tensor, and the signed scales to multiply it by."""
+        return stacked_noise(self._population.noise, self._windows(entry, range(members)), entry.parameter, scale)
+
+    def _windows(self, entry: Entry, members: range) -> list[tuple[Window, ...]]:
+        """Where the noise of members of one tensor stands."""
         return self._population.windows_of(
             entry.parameter.numel(),
             step=self._step,
-            member=self._first + member,
+            members=range(self._first + members.start, self._first + members.stop),
             tensor=entry.index,
             rank=self._rank,
             paired=self._paired,
         )
 
-    def stacked(self, entry: Entry, scale: Tensor, members: int) -> tuple[Tensor, Tensor]:
-        """Unit noise of the first so many members of one tensor, and the signed scales to multiply it by."""
-        windows = [self.windows(entry, member) for member in range(members)]
-        return stacked_noise(self._population.noise, windows, entry.parameter, scale)
-
     def enter(self, member: int) -> None:
         """Move the weights to a member, from the mean or from another member."""
         noise = self._population.noise
-        self._noises = [Noise(noise, self.windows(entry, member), entry.parameter) for entry in self.entries]
+        own = range(member, member + 1)
+        self._noises = [Noise(noise, self._windows(entry, own)[0], entry.parameter) for entry in self.entries]
         self._weights.enter(self.entries, self.scales, self._noises)
 
     def leave(self) -> None:

@@ -60,14 +60,14 @@ class Members:
     buffers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, perturbation: Perturbation, members: int) -> "Members":
+    def of(cls, model: nn.Module, of_model: Sequence[Tensor], perturbation: Perturbation, members: int) -> "Members":
         """The members of a model; memory is that of all of them."""
         moved = [
             (e, scale) for e, scale in zip(perturbation.entries, perturbation.scales, strict=True) if scale is not None
         ]
         ids = {id(entry.parameter) for entry, _ in moved}
         parameters = [entry.parameter for entry, _ in moved]
-        parameters += [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+        parameters += [p for p in of_model if p.requires_grad and id(p) not in ids]
         places = {id(parameter): place for place, parameter in enumerate(parameters)}
         names: dict[str, int] = {}
         buffers: dict[str, Tensor] = {}

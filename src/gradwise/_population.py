@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -160,31 +160,34 @@ class Population:
         return 1 + self.stream_of(members - 1, paired=paired)[0]
 
     def windows_of(
-        self, size: int, *, step: int, member: int, tensor: int, rank: int = 0, paired: bool = True
-    ) -> tuple[Window, ...]:
-        """Where the unit noise of one tensor of one member stands in the noise table.
+        self, size: int, *, step: int, members: Iterable[int], tensor: int, rank: int = 0, paired: bool = True
+    ) -> list[tuple[Window, ...]]:
+        """Where the unit noise of one tensor stands in the noise table, for every one of `members`.
 
         The same key always gives the same noise, on every machine and device; no random state is touched. Each of the
-        windows counts with its sign, and with that of the member within its antithetic pair, which is in it already.
+        windows counts with its sign, which includes that of the member within its antithetic pair.
 
         Parameters
         ----------
         size : int
             Number of elements of the tensor.
-        step, member, tensor, rank : int
-            The key, together with `seed`. `tensor` is the tensor's index, `rank` that of the process.
+        step, tensor, rank : int
+            The key, together with `seed` and the member. `tensor` is the tensor's index, `rank` that of the process.
+        members : iterable of int
+            Indices of members.
         paired : bool
             See `stream_of`.
 
         Returns
         -------
-        tuple of (offset, length, sign)
+        list of tuple of (offset, length, sign)
             Into ``noise_table(self.noise)``.
         """
-        stream, sign = self.stream_of(member, paired=paired)
-        words = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
-        windows = key_windows(words, size)
-        return windows if sign > 0 else tuple((offset, length, -own) for offset, length, own in windows)
+        result: list[tuple[Window, ...]] = []
+        for stream, sign in [self.stream_of(member, paired=paired) for member in members]:
+            windows = key_windows(self._words(step=step, stream=stream, tensor=tensor, rank=rank), size)
+            result.append(windows if sign > 0 else tuple([(offset, length, -own) for offset, length, own in windows]))
+        return result
 
     def unit_noise(
         self,
@@ -214,7 +217,9 @@ class Population:
             Mean 0, standard deviation 1, no unit.
         """
         table = noise_table(self.noise)
-        windows = self.windows_of(math.prod(shape), step=step, member=member, tensor=tensor, rank=rank, paired=paired)
+        (windows,) = self.windows_of(
+            math.prod(shape), step=step, members=[member], tensor=tensor, rank=rank, paired=paired
+        )
         parts = [sign * table[offset : offset + length] for offset, length, sign in windows]
         return np.concatenate([*parts, table[:0]]).astype(dtype, copy=False).reshape(shape)
 
