@@ -17,6 +17,7 @@ __all__ = [
     "differentiable_kernels",
     "has_cudnn_rnn",
     "outside_compilation",
+    "plain_attention",
     "refuse_cudnn_rnn",
     "require_double_backward",
 ]
@@ -40,19 +41,27 @@ def differentiable_kernels() -> Iterator[None]:
     """Run models with kernels that can be differentiated twice: plain attention, and no compiled code."""
     # Compiled models, or compiled parts of models, have no second derivative. Looked up in sys.modules because merely
     # asking torch would import its compiler: seconds, for people who compile nothing.
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
-        # What sdpa_kernel(SDPBackend.MATH) does, in a tenth of its time, which would show in a small model's step.
-        switches = [switch for is_on, switch in _FUSED_ATTENTION if is_on()]
-        math_was_on = attention.math_sdp_enabled()
-        try:
-            for switch in switches:
-                switch(False)
-            attention.enable_math_sdp(True)
-            yield
-        finally:
-            for switch in switches:
-                switch(True)
-            attention.enable_math_sdp(math_was_on)
+    with (
+        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
+        plain_attention(),
+    ):
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """What sdpa_kernel(SDPBackend.MATH) does, in a tenth of its time, which would show in a small model's step."""
+    switches = [switch for is_on, switch in _FUSED_ATTENTION if is_on()]
+    math_was_on = attention.math_sdp_enabled()
+    try:
+        for switch in switches:
+            switch(False)
+        attention.enable_math_sdp(True)
+        yield
+    finally:
+        for switch in switches:
+            switch(True)
+        attention.enable_math_sdp(math_was_on)
 
 
 def outside_compilation(function: Callable[P, R]) -> Callable[P, R]:

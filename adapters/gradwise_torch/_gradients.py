@@ -81,10 +81,10 @@ class ClosureGradients(MemberGradients):
     def collect(self, fraction: float) -> Tensor:
         """Take in what a member made of the gradients."""
         if fraction == 1:
-            self.accumulated = any(
-                given is not None and parameter.grad is given
-                for parameter, given in zip(self._parameters, self._given, strict=True)
-            )
+            kept = [p.grad is given for p, given in zip(self._parameters, self._given, strict=True)]
+            self.accumulated = any(given is not None and own for given, own in zip(self._given, kept, strict=True))
+            # A closure that sets them to None, as zero_grad does, never writes to what was there: no copy is needed.
+            self._start = [start if own else None for start, own in zip(self._start, kept, strict=True)]
         return super().collect(fraction)
 
     def finish(self) -> Tensor:

@@ -1,6 +1,7 @@
 """All members at once: one forward and one backward over stacked copies of the parameters."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from gradwise_torch._batches import Batch
 from gradwise_torch._buffers import AVERAGED
+from gradwise_torch._double_backward import plain_attention
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._weights import at_least_float32
 
@@ -169,7 +171,9 @@ def by_autograd(
     """Forward under vmap, backward by plain autograd, which spares the small operations the layers of functorch."""
     rows, *others = inputs
     leaves = [row.requires_grad_() for row in map(Tensor.detach, rows)]
-    with torch.enable_grad():
+    # The CPU's fused attention has no batching rule: a loop inside, and a warning of torch's.
+    on_cpu = leaves[0].device.type == "cpu"
+    with torch.enable_grad(), plain_attention() if on_cpu else nullcontext():
         losses: Tensor = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, *others)
         losses.sum().backward()
     return [leaf.grad for leaf in leaves], losses.detach()

@@ -5,10 +5,28 @@ Sobolev training. Population gradient (`Population`): the mean gradient over per
 package holds the mathematics and imports no framework; `gradwise.torch` plugs it into training loops.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from gradwise._matching import gradient_matching_loss
 from gradwise._population import Population
-from gradwise._scaling import DerivativeScaler
+
+if TYPE_CHECKING:
+    from gradwise._scaling import DerivativeScaler
 
 __version__ = "0.1.0"
 
 __all__ = ["DerivativeScaler", "Population", "__version__", "gradient_matching_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    # An estimator needs scikit-learn, whose import takes over a second that a torch training loop need not pay.
+    if name == "DerivativeScaler":
+        from gradwise._scaling import DerivativeScaler
+
+        return DerivativeScaler
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return __all__
