@@ -91,7 +91,8 @@ def asked_path(row: str, task: Task) -> str:
     path = row.split(",")[0]
     if path != "auto":
         return path
-    return automatic_path(task.problem.make().to(task.device), task.problem.shape[0], sharded="sharded" in row)
+    model = task.problem.make()
+    return automatic_path(model, list(model.parameters()), task.problem.shape[0], sharded="sharded" in row)
 
 
 def with_chosen(comparison: Comparison) -> dict[str, dict[str, float]]:

@@ -116,7 +116,7 @@ def measure(name: str, problem: Problem, repeats: int, *, work: float = WORK) ->
                 timings["loop"].median,
                 timings["vmap"].median,
                 path_taken("vmap", timings["vmap"].messages),
-                automatic_path(model, rows, sharded=sharded),
+                automatic_path(model, list(model.parameters()), rows, sharded=sharded),
                 tuple(timings["vmap"].messages),
             )
         )

@@ -141,7 +141,9 @@ class BatchOptimizer(MemberOptimizer):
     def _work_along(self, work: BatchWork, vectorize: str) -> Tensor:
         """Try the paths from the one that was asked for down to the loop, which always goes."""
         first = (
-            automatic_path(work.model, work.batch.length(), sharded=work.sharded) if vectorize == "auto" else vectorize
+            automatic_path(work.model, work.of_model, work.batch.length(), sharded=work.sharded)
+            if vectorize == "auto"
+            else vectorize
         )
         refusals: list[str] = []
         loss: Tensor | None = None

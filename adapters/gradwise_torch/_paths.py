@@ -3,30 +3,53 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["PATHS", "automatic_path", "obstacle"]
 
 PATHS = ("auto", "loop", "vmap", "compile")
 
+# Read off the grid of benchmarks/vectorize_rule.py. A loop pays a price for every tensor of every member, whatever its
+# size; vmap pays in memory traffic, by the weight.
+MOST_WEIGHTS = 100_000
+MOST_WEIGHTS_PER_TENSOR = 16_000
+# Where members share a batch, activations add up as well: weights times rows. Convolutions become grouped ones.
+MOST_WORK = 25_000_000
+MOST_WORK_OF_CONVOLUTIONS = 1_500_000
 
-def automatic_path(model: nn.Module, rows: int, *, sharded: bool) -> str:
+
+def automatic_path(model: nn.Module, of_model: Sequence[Tensor], rows: int, *, sharded: bool) -> str:
     """The path for ``vectorize="auto"``: a rule of sizes, so that the same training takes the same path again.
 
-    See ``benchmarks/README.md`` for the measurements behind it.
+    Measured on CPUs only (``benchmarks/README.md``). Large models go one member after the other anywhere, since all at
+    once take the memory of all.
 
     Parameters
     ----------
     model : nn.Module
-        Its parameters count; a compiled one means that compiling is wanted.
+        If it is compiled, compiling is wanted.
+    of_model : sequence of Tensor
+        Its parameters.
     rows : int
-        Length of the batch, before it is sharded; 0 if unknown.
+        Length of the batch, before it is sharded.
     sharded : bool
         Whether every member has rows of its own.
+
+    Returns
+    -------
+    {"loop", "vmap", "compile"}
     """
-    del rows, sharded
-    return "loop"
+    trainable = [parameter.numel() for parameter in of_model if parameter.requires_grad]
+    weights = sum(trainable)
+    if weights > min(MOST_WEIGHTS, MOST_WEIGHTS_PER_TENSOR * len(trainable)):
+        return "loop"
+    if not sharded:
+        # The weights of a convolution have at least three axes.
+        convolutions = any(parameter.ndim > 2 for parameter in of_model)
+        if weights * rows > (MOST_WORK_OF_CONVOLUTIONS if convolutions else MOST_WORK):
+            return "loop"
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    return "compile" if compiled else "vmap"
 
 
 def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[Tensor]) -> str | None:
@@ -55,18 +78,3 @@ def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[
 
 def _hooked(parameter: Any) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether somebody has asked for torch.compile on this model."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def weights(model: nn.Module) -> int:
-    """Number of trainable weights."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def on_cpu(model: nn.Module) -> bool:
-    """Whether the first parameter is on the CPU."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu")).type == "cpu"
