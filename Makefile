@@ -1,16 +1,17 @@
-# make demo | test | venv | lint | types | bench | clean      (each completes .venv by itself)
+# make demo | test | venv | lint | types | bench | bench-speed | clean      (each completes .venv by itself)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench clean
+.PHONY: help demo test venv lint types unit bench bench-speed clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
 	@echo "make test    lint, types and all tests"
 	@echo "make venv    .venv with every extra"
-	@echo "make bench   the published measurements (long)"
+	@echo "make bench-speed   what a step costs, beside IVON, SAM, jenn and loops by hand: out/speed.md (half an hour)"
+	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -27,8 +28,13 @@ types: .venv/.test
 unit: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto
 
-bench: .venv/.test
-	$(BIN)/python benchmarks/overhead.py
+bench-speed: .venv/.bench
+	$(BIN)/python benchmarks/speed.py --compile --threads both
+
+bench: bench-speed
+	$(BIN)/python benchmarks/vectorize_rule.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/relative_noise.py
 
 venv: .venv/.test
@@ -43,6 +49,11 @@ venv: .venv/.test
 .venv/.test: pyproject.toml constraints.txt
 	@test -d .venv || $(PYTHON) -m venv .venv
 	$(INSTALL) ".[test]"
+	@touch $@
+
+.venv/.bench: pyproject.toml constraints.txt
+	@test -d .venv || $(PYTHON) -m venv .venv
+	$(INSTALL) ".[bench]"
 	@touch $@
 
 clean:
