@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradwise._noise import GRAIN, Window, noise_table
 
-__all__ = ["Noise", "stacked_noise"]
+__all__ = ["Noise", "StackedNoise"]
 
 
 @lru_cache(maxsize=64)
@@ -72,36 +73,52 @@ class Noise:
         return _wide_dot(whole[span], flat[span]), 1
 
 
-@torch.no_grad()
-def stacked_noise(
-    distribution: str, windows: Sequence[Sequence[Window]], like: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The noise of all members of one tensor: ``mean + noise * spread`` is what `Noise.move` makes, bit for bit.
+class StackedNoise(NamedTuple):
+    """The noise of all members of several tensors on one device, not yet gathered: what a compiled program can take.
 
-    Parameters
+    Attributes
     ----------
-    distribution : str
-        ``Population.noise``.
-    windows : sequence of sequence of Window
-        ``Population.windows_of`` for every member.
-    like : Tensor
-        Gives shape and device.
-    scale : Tensor
-        Broadcasts to the shape.
-
-    Returns
-    -------
-    noise, spread : Tensor
-        With a first axis for the member; `spread` is `scale` with the members' signs where those are not in the noise.
+    table : Tensor
+        That of the device.
+    places : Tensor of shape (tensors, members)
+        Where the window of each begins, in units of the grain.
+    signs : Tensor of shape (tensors, members)
+    gathered : list of Tensor or None
+        The noise itself, for tensors of more than one window, with its signs; those in `signs` are then 1.
     """
-    if any(len(own) != 1 for own in windows):
-        noise = torch.stack([Noise(distribution, own, like).gathered() for own in windows])
-        return noise, scale.expand(len(windows), *[1] * (like.ndim - scale.ndim), *scale.shape)
-    table = noise_on(distribution, like.device)
-    places = torch.tensor([offset // GRAIN for ((offset, _, _),) in windows], device=table.device)
-    signs = torch.tensor([sign for ((_, _, sign),) in windows], device=scale.device, dtype=scale.dtype)
-    rows = table.unfold(0, like.numel(), GRAIN).index_select(0, places)
-    return rows.view(-1, *like.shape), scale * signs.view(-1, *[1] * like.ndim)
+
+    table: Tensor
+    places: Tensor
+    signs: Tensor
+    gathered: list[Tensor | None]
+
+    @classmethod
+    def of(
+        cls, distribution: str, windows: Sequence[Sequence[Sequence[Window]]], likes: Sequence[Tensor]
+    ) -> "StackedNoise":
+        """The noise of tensors like `likes`, from the windows of every member of each."""
+        device = likes[0].device if likes else torch.device("cpu")
+        single = [all(len(own) == 1 for own in members) for members in windows]
+        places = [[own[0][0] // GRAIN if one else 0 for own in of] for of, one in zip(windows, single, strict=True)]
+        signs = [[own[0][2] if one else 1 for own in of] for of, one in zip(windows, single, strict=True)]
+        gathered = [
+            None if one else torch.stack([Noise(distribution, own, like).gathered() for own in members])
+            for members, like, one in zip(windows, likes, single, strict=True)
+        ]
+        return cls(
+            noise_on(distribution, device),
+            torch.tensor(places, device=device),
+            torch.tensor(signs, device=device),
+            gathered,
+        )
+
+    def members(self, tensor: int, mean: Tensor, scale: Tensor) -> Tensor:
+        """``mean + scale * noise`` for all members, along a new first axis: what `Noise.move` makes, bit for bit."""
+        noise = self.gathered[tensor]
+        if noise is None:
+            noise = self.table.unfold(0, mean.numel(), GRAIN)[self.places[tensor]].view(-1, *mean.shape)
+        signs = self.signs[tensor].to(scale.dtype).view(-1, *[1] * mean.ndim)
+        return torch.addcmul(mean, noise, scale * signs).to(mean.dtype)
 
 
 def _wide_dot(noise: Tensor, values: Tensor) -> Tensor:

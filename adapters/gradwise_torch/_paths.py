@@ -73,6 +73,8 @@ def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[
         return "a parameter has a gradient hook, which would not run once per member"
     if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in of_model):
         return "a parameter is a tensor subclass, such as those of sharded models"
+    if len({parameter.device for parameter in of_model}) > 1:
+        return "the model is on several devices"
     return None
 
 

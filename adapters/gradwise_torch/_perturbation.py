@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradwise._noise import Window
 from gradwise._population import Population
-from gradwise_torch._noise import Noise, stacked_noise
+from gradwise_torch._noise import Noise, StackedNoise
 from gradwise_torch._probe import Probe
 from gradwise_torch._weights import Entry, Weights
 
@@ -57,9 +57,13 @@ class Perturbation:
         self._first = first * (2 if paired and population.antithetic else 1)
         self._noises: list[Noise] = []
 
-    def stacked(self, entry: Entry, scale: Tensor, members: int) -> tuple[Tensor, Tensor]:
-        """Unit noise of the first so many members of one tensor, and the signed scales to multiply it by."""
-        return stacked_noise(self._population.noise, self._windows(entry, range(members)), entry.parameter, scale)
+    def stacked(self, members: int) -> tuple[list[Tensor], list[Tensor], StackedNoise]:
+        """The tensors that move, their scales, and the noise of so many members of them."""
+        moved = [(entry, scale) for entry, scale in zip(self.entries, self.scales, strict=True) if scale is not None]
+        parameters = [entry.parameter for entry, _ in moved]
+        windows = [self._windows(entry, range(members)) for entry, _ in moved]
+        noise = StackedNoise.of(self._population.noise, windows, parameters)
+        return parameters, [scale for _, scale in moved], noise
 
     def _windows(self, entry: Entry, members: range) -> list[tuple[Window, ...]]:
         """Where the noise of members of one tensor stands."""

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from gradwise_torch._batches import Batch
 from gradwise_torch._buffers import AVERAGED
 from gradwise_torch._double_backward import plain_attention
+from gradwise_torch._noise import StackedNoise
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._weights import at_least_float32
 
@@ -39,16 +40,16 @@ class Holder(nn.Module):
 
 @dataclass(frozen=True)
 class Members:
-    r"""A model's members as what goes into one program: means, noise, and the names they have in a `Holder`.
+    """A model's members as what goes into one program: means, noise, and the names they have in a `Holder`.
 
     Attributes
     ----------
     parameters : list of Tensor
         The model's trainable parameters, each once, those that are perturbed first.
-    noises : list of Tensor
-        For each that is perturbed, the unit noise of all members, of shape (members, \*shape).
-    spreads : list of Tensor
-        Likewise, the standard deviations, with signs: broadcast to the noise.
+    scales : list of Tensor
+        For each that is perturbed, the standard deviations of the perturbation.
+    noise : StackedNoise
+        The unit noise of those, for all members.
     names : dict
         All the names of the parameters, so that nobody need look for tied ones, to their places.
     buffers : dict
@@ -56,20 +57,17 @@ class Members:
     """
 
     parameters: list[Tensor]
-    noises: list[Tensor]
-    spreads: list[Tensor]
+    scales: list[Tensor]
+    noise: StackedNoise
     names: dict[str, int]
     buffers: dict[str, Tensor]
 
     @classmethod
     def of(cls, model: nn.Module, of_model: Sequence[Tensor], perturbation: Perturbation, members: int) -> "Members":
         """The members of a model; memory is that of all of them."""
-        moved = [
-            (e, scale) for e, scale in zip(perturbation.entries, perturbation.scales, strict=True) if scale is not None
-        ]
-        ids = {id(entry.parameter) for entry, _ in moved}
-        parameters = [entry.parameter for entry, _ in moved]
-        parameters += [p for p in of_model if p.requires_grad and id(p) not in ids]
+        moved, scales, noise = perturbation.stacked(members)
+        ids = set(map(id, moved))
+        parameters = [*moved, *(p for p in of_model if p.requires_grad and id(p) not in ids)]
         places = {id(parameter): place for place, parameter in enumerate(parameters)}
         names: dict[str, int] = {}
         buffers: dict[str, Tensor] = {}
@@ -80,8 +78,7 @@ class Members:
             for name, buffer in module._buffers.items() if module.training else ():
                 if buffer is not None and name in COUNTED:
                     buffers[f"{prefix}.{name}"] = buffer
-        stacked = [perturbation.stacked(entry, scale, members) for entry, scale in moved]
-        return cls(parameters, [noise for noise, _ in stacked], [spread for _, spread in stacked], names, buffers)
+        return cls(parameters, scales, noise, names, buffers)
 
 
 class Outcome(NamedTuple):
@@ -124,10 +121,7 @@ def members_at_once(
         Whether members have the same dropout masks.
     """
     count = len(weights) if weights is not None else batches[-1][0].stop
-    moved = [
-        torch.addcmul(parameter.detach(), noise, spread).to(parameter.dtype)
-        for parameter, noise, spread in zip(members.parameters, members.noises, members.spreads, strict=False)
-    ]
+    moved = [members.noise.members(i, members.parameters[i].detach(), scale) for i, scale in enumerate(members.scales)]
     still = [p.detach().expand(count, *p.shape) for p in members.parameters[len(moved) :]]
     buffers = {name: buffer.expand(count, *buffer.shape).clone() for name, buffer in members.buffers.items()}
     parts: list[tuple[Gradients, Tensor]] = []
