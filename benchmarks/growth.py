@@ -129,8 +129,8 @@ def panels(*, quick: bool = False) -> list[Panel]:
     by_size = {
         "plain step": plain,
         "unchanged loop": unchanged_loop,
-        "8 members, whole batch": partial(whole, path="loop"),
-        "8 members, sharded": partial(sharded, path="loop"),
+        "8 members, whole batch, loop": partial(whole, path="loop"),
+        "8 members, sharded, loop": partial(sharded, path="loop"),
     }
     one, full = (partial(matching_step, projections=count) for count in (1, None))
     return [

@@ -3,11 +3,12 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from gradwise_torch._batch_work import BatchWork
+from gradwise_torch._batch_work import BatchWork, Way
 from gradwise_torch._batches import Batch
 from gradwise_torch._members import MemberOptimizer
 from gradwise_torch._paths import PATHS, automatic_path, obstacle
@@ -20,8 +21,7 @@ LossFunction = Callable[..., Tensor]
 class BatchOptimizer(MemberOptimizer):
     """Adds `backward` and `step_batch` to an optimizer that has members."""
 
-    _refused: set[Any]  # paths that a loss function has proved impossible
-    _proven: set[Any]  # those that were tried
+    _ways: dict[Any, Way]  # by path and loss function
     _norm_statistics: Literal["mean", "recalibrate"]
     _on_nonfinite: Literal["raise", "skip"]
     _share_masks: bool
@@ -145,25 +145,28 @@ class BatchOptimizer(MemberOptimizer):
             if vectorize == "auto"
             else vectorize
         )
-        refusals: list[str] = []
+        failures: list[tuple[Way, str]] = []
         loss: Tensor | None = None
         for path in {"compile": ("compile", "vmap"), "vmap": ("vmap",)}.get(first, ()):
-            # By code, since a lambda in the training loop is a new object every time.
-            key = (path, work.sharded, getattr(work.loss_fn, "__code__", work.loss_fn))
-            if loss is None and key not in self._refused:
-                reason = obstacle(work.model, work.parameters, work.of_model)
-                if reason is None:
-                    with self._event.unhooked(work.model) if self._event else nullcontext():
-                        loss, reason = work.all_at_once(path, proven=key in self._proven)
-                    self._proven.add(key)
-                if reason is not None:
-                    self._refused.add(key)
-                    refusals.append(f'vectorize="{path}" is not possible here ({reason})')
+            way = self._ways.setdefault((path, work.sharded, _code_of(work.loss_fn)), Way(path))
+            if way.refused:
+                continue
+            reason = obstacle(work.model, work.parameters, work.of_model)
+            if reason is None:
+                with self._event.unhooked(work.model) if self._event else nullcontext():
+                    loss, reason = work.all_at_once(way)
+            if reason is None:
+                break
+            failures.append((way, reason))
         if loss is None:
             loss = work.one_by_one()
-        if refusals:  # only now: an error of the user's own has been raised by the loop
-            msg = f"{'; '.join(refusals)}. Another way is taken, which has the same result up to rounding"
-            warnings.warn(msg, UserWarning, stacklevel=3)
+        for way, _ in failures:  # only now: an error of the user's own has been raised by the loop
+            way.refused = True
+        if failures:
+            msg = "; ".join(f'vectorize="{way.path}" is not possible here ({reason})' for way, reason in failures)
+            warnings.warn(
+                f"{msg}. Another way is taken, which has the same result up to rounding", UserWarning, stacklevel=3
+            )
         return loss
 
     def _check_backward(self, loss_fn: Any, vectorize: Any) -> nn.Module:
@@ -178,3 +181,10 @@ class BatchOptimizer(MemberOptimizer):
             msg = f"`vectorize` must be one of {PATHS}; got {vectorize!r}"
             raise ValueError(msg)
         return self.model
+
+
+def _code_of(function: Any) -> Any:
+    """What stays the same where a training loop makes a lambda or a partial anew for every step."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__code__", type(function))

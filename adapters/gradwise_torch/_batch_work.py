@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -22,10 +22,38 @@ from gradwise_torch._vectorized import (
     arguments_of,
     by_autograd,
     by_functorch,
+    compiled,
     members_at_once,
 )
 
-__all__ = ["BatchWork"]
+__all__ = ["BatchWork", "Way"]
+
+
+@dataclass
+class Way:
+    """What has been found out about one way to compute the members of one loss function.
+
+    Attributes
+    ----------
+    path : {"vmap", "compile"}
+        Which it is.
+    proven, refused : bool
+        Whether it has worked; whether it cannot.
+    unused : frozenset of int
+        Places of the parameters that have no gradient.
+    """
+
+    path: str
+    proven: bool = False
+    refused: bool = False
+    unused: frozenset[int] = frozenset()
+
+    @cached_property
+    def program(self) -> Callable[..., Outcome]:
+        """`members_at_once`, compiled if that is the way."""
+        if self.path == "compile":
+            return partial(compiled(), by_functorch)
+        return partial(members_at_once, by_autograd)
 
 
 @dataclass
@@ -90,28 +118,32 @@ class BatchWork:
         return loss
 
     @torch.no_grad()
-    def all_at_once(self, path: str, *, proven: bool) -> tuple[Tensor | None, str | None]:
+    def all_at_once(self, way: Way) -> tuple[Tensor | None, str | None]:
         """The loss, or the reason why it cannot be done; neither if a loss is not finite, which the loop sees to."""
+        first_time = not way.proven
         # What is there before is of use only if this fails, and takes 100 us to keep.
-        start = None if proven and not self.recalibrate else RandomStreams(self._devices())
-        buffers = None if proven else MemberBuffers(self.model)
+        start = RandomStreams(self._devices()) if first_time or self.recalibrate else None
+        buffers = MemberBuffers(self.model) if first_time else None
         members = Members.of(self.model, self.of_model, self.perturbation, len(self.sizes))
+        task = (
+            Holder(self.model),
+            self.loss_fn,
+            members,
+            arguments_of(self.shards, self.batch, len(self.sizes)),
+            self._weights(),
+            "different" if self.sharded or not self.share_masks else "same",
+        )
         try:
-            outcome: Outcome = (_compiled() if path == "compile" else members_at_once)(
-                by_functorch if path == "compile" else by_autograd,
-                Holder(self.model),
-                self.loss_fn,
-                members,
-                arguments_of(self.shards, self.batch, len(self.sizes)),
-                self._weights(),
-                "different" if self.sharded or not self.share_masks else "same",
-            )
+            outcome = way.program(*task)
+            if way.path == "compile" and first_time and start is not None:
+                way.unused = self._unused(outcome, task, start)
         except Exception as error:  # noqa: BLE001 - the loop will show whether it is the user's own
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             reason = None
+            way.proven = True
             if bool(outcome.losses.isfinite().all()):
-                self._take(members, outcome, start)
+                self._take(members, outcome, start, way.unused)
                 return outcome.loss, None
         finally:
             torch.clear_autocast_cache()  # it holds casts of the stacked weights
@@ -121,8 +153,19 @@ class BatchWork:
             start.rewind()
         return None, reason
 
-    def _take(self, members: Members, outcome: Outcome, start: RandomStreams | None) -> None:
-        add_gradients(members.parameters, outcome.gradients)
+    def _unused(self, outcome: Outcome, task: Any, start: RandomStreams) -> frozenset[int]:
+        """Parameters without a gradient. Functorch gives zeros, to which optimizers would apply their weight decay."""
+        if all(gradient is None or bool(gradient.any()) for gradient in outcome.gradients):
+            return frozenset()
+        end = RandomStreams(self._devices())
+        start.rewind()
+        gradients = members_at_once(by_autograd, *task).gradients
+        end.rewind()
+        return frozenset(place for place, gradient in enumerate(gradients) if gradient is None)
+
+    def _take(self, members: Members, outcome: Outcome, start: RandomStreams | None, unused: frozenset[int]) -> None:
+        gradients = [None if place in unused else g for place, g in enumerate(outcome.gradients)]
+        add_gradients(members.parameters, gradients)
         self.record.add_members(outcome.losses, outcome.square_norms, outcome.slopes)
         self.record.relative_sizes = outcome.relative_sizes
         self.record.mean_square_norm = outcome.mean_square_norm
@@ -156,9 +199,3 @@ class BatchWork:
 
     def _devices(self) -> set[torch.device]:
         return {parameter.device for parameter in self.parameters}
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    # In one piece or not at all: what breaks the graph is quicker under plain vmap.
-    return torch.compile(members_at_once, fullgraph=True)

@@ -45,8 +45,7 @@ class MemberOptimizer(OptimizerWrapper):
         self._watched: list[Entry] | None = None
         self._by_hand = False
         self._retired = False
-        self._refused: set[Any] = set()
-        self._proven: set[Any] = set()
+        self._ways: dict[Any, Any] = {}
         self._weights.refresh()
         self._selection.forget()
         weakref.finalize(self, self._weights.abandon).atexit = False
@@ -57,7 +56,7 @@ class MemberOptimizer(OptimizerWrapper):
 
     def _asleep(self) -> dict[str, Any]:
         """State for pickle and deepcopy: all but what `_awake` makes, and the `step` that schedulers patch."""
-        transient = {"_record", "_marks", "_watched", "_by_hand", "_retired", "_refused", "_proven", "_event", "step"}
+        transient = {"_record", "_marks", "_watched", "_by_hand", "_retired", "_ways", "_event", "step"}
         return {
             name: value
             for name, value in self.__dict__.items()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from gradwise_torch._noise import StackedNoise
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._weights import at_least_float32
 
-__all__ = ["Holder", "Members", "Outcome", "arguments_of", "by_autograd", "by_functorch", "members_at_once"]
+__all__ = ["Holder", "Members", "Outcome", "arguments_of", "by_autograd", "by_functorch", "compiled", "members_at_once"]
 
 COUNTED = (*AVERAGED, "num_batches_tracked")  # buffers that normalisation layers write to in a training-mode forward
 
@@ -141,6 +142,15 @@ def members_at_once(
         losses,
         *_statistics(gradients, moved, members.parameters, weights),
     )
+
+
+def compiled() -> Callable[..., Outcome]:
+    """`members_at_once`, compiled in one piece or not at all: what breaks the graph is quicker under plain vmap.
+
+    A function of its own every time, since torch limits how often one may be compiled, for all models together.
+    """
+    own = FunctionType(members_at_once.__code__.replace(), globals(), members_at_once.__name__)
+    return torch.compile(own, fullgraph=True)
 
 
 def _statistics(
