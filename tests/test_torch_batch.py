@@ -453,7 +453,7 @@ def test_arguments_are_checked() -> None:
         kind, _, pattern = message.partition(": ")
         with pytest.raises({"ValueError": ValueError, "TypeError": TypeError}[kind], match=pattern):
             call()
-    with optimizer.member(0), pytest.raises(RuntimeError, match=r"`backward` must not be called inside"):
+    with optimizer.member(0), pytest.raises(RuntimeError, match=r"`backward` must not be called while"):
         optimizer.backward(mse, *data())
     assert all(p.grad is None for p in model.parameters())
 

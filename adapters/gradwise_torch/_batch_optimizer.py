@@ -56,7 +56,8 @@ class BatchOptimizer(MemberOptimizer):
             One member after the other; all at once by ``torch.func.vmap``, with the memory of all; the same compiled,
             which takes a while at the first call and for each new batch size or `loss_fn`. "auto" chooses by the sizes
             and compiles only for a model that is compiled. A path that the model does not allow is replaced, with one
-            warning. Dropout draws other masks on the vectorised paths than in a loop.
+            warning. Dropout draws other masks on the vectorised paths than in a loop, and what the model or the loss
+            function keeps of its intermediate results (lists, attributes) is of no use outside.
 
         Returns
         -------
@@ -107,7 +108,7 @@ class BatchOptimizer(MemberOptimizer):
         self._streams += self.population.streams(len(work.sizes), paired=not sharded)
         self._saw_member = True
         try:
-            with self._suspended_hooks():
+            with self._exclusively():
                 return self._work_along(work, vectorize)
         finally:
             self._record = work.record
@@ -151,7 +152,7 @@ class BatchOptimizer(MemberOptimizer):
             way = self._ways.setdefault((path, work.sharded, _code_of(work.loss_fn)), Way(path))
             if way.refused:
                 continue
-            reason = obstacle(work.model, work.parameters, work.of_model)
+            reason = obstacle(work.model, work.parameters, work.of_model, sharded=work.sharded)
             if reason is None:
                 with self._event.unhooked(work.model) if self._event else nullcontext():
                     loss, reason = work.all_at_once(way)

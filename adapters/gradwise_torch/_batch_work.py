@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from gradwise_torch._autograd_graph import graph_leaves
 from gradwise_torch._batches import Batch
 from gradwise_torch._buffers import MemberBuffers
-from gradwise_torch._gradients import AddedGradients, add_gradients
+from gradwise_torch._gradients import AddedGradients, MemberGradients, add_gradients
 from gradwise_torch._member_loop import MemberLoop, as_scalar
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._random import RandomStreams
@@ -37,15 +39,17 @@ class Way:
     ----------
     path : {"vmap", "compile"}
         Which it is.
-    proven, refused : bool
-        Whether it has worked; whether it cannot.
+    refused : bool
+        Whether it cannot be taken.
+    trained : tuple of int
+        Ids of the parameters with which it has worked.
     unused : frozenset of int
-        Places of the parameters that have no gradient.
+        Ids of those among them that had no gradient.
     """
 
     path: str
-    proven: bool = False
     refused: bool = False
+    trained: tuple[int, ...] = ()
     unused: frozenset[int] = frozenset()
 
     @cached_property
@@ -120,56 +124,56 @@ class BatchWork:
     @torch.no_grad()
     def all_at_once(self, way: Way) -> tuple[Tensor | None, str | None]:
         """The loss, or the reason why it cannot be done; neither if a loss is not finite, which the loop sees to."""
-        first_time = not way.proven
-        # What is there before is of use only if this fails, and takes 100 us to keep.
-        start = RandomStreams(self._devices()) if first_time or self.recalibrate else None
-        buffers = MemberBuffers(self.model) if first_time else None
         members = Members.of(self.model, self.of_model, self.perturbation, len(self.sizes))
-        task = (
-            Holder(self.model),
-            self.loss_fn,
-            members,
-            arguments_of(self.shards, self.batch, len(self.sizes)),
-            self._weights(),
-            "different" if self.sharded or not self.share_masks else "same",
-        )
+        trained = tuple(map(id, members.parameters))
+        first_time = way.trained != trained
+        start = RandomStreams(self._devices(), only_torch=not first_time and not self.recalibrate)
+        buffers = MemberBuffers(self.model)
         try:
-            outcome = way.program(*task)
-            if way.path == "compile" and first_time and start is not None:
-                way.unused = self._unused(outcome, task, start)
+            task = (
+                Holder(self.model),
+                self.loss_fn,
+                members,
+                arguments_of(self.shards, self.batch, len(self.sizes)),
+                self._weights(),
+                "different" if self.sharded or not self.share_masks else "same",
+            )
+            outcome = self._rehearse(way, task) if first_time else way.program(*task)
+            if first_time and way.path == "compile":
+                start.rewind()
+                buffers.rewind()
+                outcome = way.program(*task)
         except Exception as error:  # noqa: BLE001 - the loop will show whether it is the user's own
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             reason = None
-            way.proven = True
+            way.trained = trained
             if bool(outcome.losses.isfinite().all()):
-                self._take(members, outcome, start, way.unused)
+                self._take(members, outcome, start, way)
                 return outcome.loss, None
         finally:
             torch.clear_autocast_cache()  # it holds casts of the stacked weights
-        if buffers is not None:
-            buffers.rewind()
-        if start is not None:
-            start.rewind()
+        buffers.rewind()
+        start.rewind()
         return None, reason
 
-    def _unused(self, outcome: Outcome, task: Any, start: RandomStreams) -> frozenset[int]:
-        """Parameters without a gradient. Functorch gives zeros, to which optimizers would apply their weight decay."""
-        if all(gradient is None or bool(gradient.any()) for gradient in outcome.gradients):
-            return frozenset()
-        end = RandomStreams(self._devices())
-        start.rewind()
-        gradients = members_at_once(by_autograd, *task).gradients
-        end.rewind()
-        return frozenset(place for place, gradient in enumerate(gradients) if gradient is None)
+    def _rehearse(self, way: Way, task: Any) -> Outcome:
+        """The first time: whether vmap computes what a loop would, and leaves nothing behind."""
+        attributes = [(module, dict(vars(module))) for module in self.model.modules()]
+        outcome = members_at_once(partial(by_autograd, strict=True), *task)
+        if any(_is_of_vmap(leaf) for module, _ in attributes for leaf in pytree.tree_leaves(vars(module))):
+            for module, before in attributes:
+                vars(module).clear()
+                vars(module).update(before)
+            msg = "a module keeps an intermediate result (a buffer or another attribute), which is vmap's own"
+            raise ValueError(msg)
+        # Functorch gives zeros where there is no gradient, to which optimizers would apply their weight decay.
+        pairs = zip(task[2].parameters, outcome.gradients, strict=True)
+        way.unused = frozenset(id(parameter) for parameter, gradient in pairs if gradient is None)
+        return outcome
 
-    def _take(self, members: Members, outcome: Outcome, start: RandomStreams | None, unused: frozenset[int]) -> None:
-        gradients = [None if place in unused else g for place, g in enumerate(outcome.gradients)]
-        add_gradients(members.parameters, gradients)
-        self.record.add_members(outcome.losses, outcome.square_norms, outcome.slopes)
-        self.record.relative_sizes = outcome.relative_sizes
-        self.record.mean_square_norm = outcome.mean_square_norm
-        if self.recalibrate and start is not None:
+    def _take(self, members: Members, outcome: Outcome, start: RandomStreams, way: Way) -> None:
+        if self.recalibrate:
             end = RandomStreams(self._devices())
             start.rewind()
             self._clean_forward()
@@ -177,6 +181,14 @@ class BatchWork:
         else:
             for name, buffer in members.buffers.items():
                 buffer.copy_(outcome.buffers[name])
+        pairs = list(zip(members.parameters, outcome.gradients, strict=True))
+        add_gradients(
+            members.parameters,
+            [None if id(p) in way.unused and not _any(g) else _laid_out_like(p, g) for p, g in pairs],
+        )
+        self.record.add_losses(outcome.losses, outcome.square_norms, outcome.slopes, self.sizes)
+        self.record.relative_sizes = outcome.relative_sizes
+        self.record.mean_square_norm = outcome.mean_square_norm
 
     def _weights(self) -> Tensor | None:
         """What each member counts, as a fraction; None if that is the same for all."""
@@ -185,10 +197,15 @@ class BatchWork:
         first = self.parameters[0]
         return torch.tensor(self.sizes, device=first.device, dtype=torch.float64) / sum(self.sizes)
 
-    def _evaluate(self, member: int) -> Tensor:
+    def _evaluate(self, member: int, gradients: MemberGradients) -> Tensor:
         args, kwargs = (self.shards[member] if self.sharded else self.batch).arguments()
         loss = self.loss_fn(self.model, *args, **kwargs)
+        if not isinstance(loss, Tensor):
+            msg = f"`loss_fn` must return one number, the loss, as a tensor; got {type(loss).__name__}"
+            raise TypeError(msg)
         as_scalar(loss, member, "loss_fn")  # the more helpful error
+        if member == 0:  # criteria with weights, inputs: theirs are gradients of the mean loss too
+            gradients.include(graph_leaves(loss))
         loss.backward()
         return loss
 
@@ -199,3 +216,18 @@ class BatchWork:
 
     def _devices(self) -> set[torch.device]:
         return {parameter.device for parameter in self.parameters}
+
+
+def _is_of_vmap(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)  # type: ignore[reportAttributeAccessIssue] - C extension
+
+
+def _any(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """With the parameter's strides, as autograd makes gradients: fused optimizers walk through memory."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -1,7 +1,10 @@
 """Batches as pytrees: which of their leaves are rows, and how those are shared out to members."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -54,6 +57,14 @@ class Batch:
 
     def shards(self, members: int) -> list["Batch"]:
         """At most `members` parts of the rows, each with one at least, sizes equal or one apart (large ones first)."""
+        rows = self.rows()
+        args, kwargs = self.arguments()
+        if rows > 1 and any(_is_list_of(rows, node) for node in _containers((args, kwargs))):
+            msg = (
+                f"`batch` holds a list of {rows} things that are not tensors, as many as there are rows, and lists are "
+                "not shared out. Pass tensors, or split the batch yourself and use `with optimizer.member(i):`"
+            )
+            raise TypeError(msg)
         for leaf in self.leaves:
             if not (_has_rows(leaf) or _is_shared(leaf)):
                 msg = (
@@ -61,7 +72,6 @@ class Batch:
                     "known. Pass its tensors (a dict of them will do), or sharded=False"
                 )
                 raise TypeError(msg)
-        rows = self.rows()
         if not rows:
             msg = "`batch` must hold at least one tensor with rows to be sharded; got none"
             raise ValueError(msg)
@@ -80,4 +90,22 @@ def _has_rows(leaf: Any) -> bool:
 def _is_shared(leaf: Any) -> bool:
     """What every member gets whole: settings, generators, teachers."""
     kinds = (Tensor, np.ndarray, np.generic, str, bytes, bool, int, float, complex, type(None), nn.Module)
-    return isinstance(leaf, (*kinds, torch.dtype, torch.device, torch.Generator)) or callable(leaf)
+    functions = (FunctionType, BuiltinFunctionType, MethodType, partial, type)
+    return isinstance(leaf, (*kinds, *functions, torch.dtype, torch.device, torch.Generator))
+
+
+def _containers(tree: Any) -> Iterator[Any]:
+    """All lists and tuples of a tree, whatever depth."""
+    if isinstance(tree, list | tuple):
+        yield tree
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    for child in children:
+        yield from _containers(child)
+
+
+def _is_list_of(rows: int, node: Any) -> bool:
+    return isinstance(node, list) and len(node) == rows and not any(_has_rows(x) or _children(x) for x in node)
+
+
+def _children(node: Any) -> bool:
+    return isinstance(node, list | tuple | dict)

@@ -30,11 +30,15 @@ class MemberGradients:
         """Put ``.grad`` back to what it was before the members."""
         raise NotImplementedError
 
+    def include(self, tensors: Sequence[Tensor]) -> None:
+        """Average the gradients of these tensors as well, before the first member has any."""
+        raise NotImplementedError
+
     def collect(self, fraction: float) -> Tensor:
         """Take in a member's gradients, as a fraction of all so far; return their squared norm."""
         produced = [parameter.grad for parameter in self._parameters]
         if fraction == 1:
-            self._mean = [None if gradient is None else self._kept(gradient.detach()) for gradient in produced]
+            self._mean = [None if gradient is None else self._kept(gradient).detach() for gradient in produced]
         else:
             self._mean = _means(self._mean, produced, fraction)
         return square_norm(produced, self._probe)
@@ -101,10 +105,21 @@ class AddedGradients(MemberGradients):
     """Gives every member an empty ``.grad`` and in the end adds the mean to what was there, as one backward does."""
 
     def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
-        super().__init__(parameters, probe)
+        super().__init__([], probe)
+        self._start: list[Tensor | None] = []
+        self.include(parameters)
+
+    def include(self, tensors: Sequence[Tensor]) -> None:
+        """Average the gradients of these tensors as well."""
+        known = set(map(id, self._parameters))
+        new = [tensor for tensor in tensors if id(tensor) not in known]
+        given = [tensor.grad for tensor in new]
         # A view may be a bucket that the members' own backwards write to (DDP's gradient_as_bucket_view).
-        self._start = [g.detach().clone() if g is not None and is_view(g) else g for g in self._given]
-        self.rewind()
+        self._start += [g.detach().clone() if g is not None and is_view(g) else g for g in given]
+        self._given += given
+        self._parameters = [*self._parameters, *new]
+        for tensor in new:
+            tensor.grad = None
 
     def rewind(self) -> None:
         """Begin with no gradients."""

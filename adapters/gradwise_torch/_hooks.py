@@ -120,9 +120,11 @@ class MemberEvent:
                     del hooks[key]
             yield
         finally:
-            for hooks, all_of_them in zip(places, kept, strict=True):
+            for hooks, before in zip(places, kept, strict=True):
+                now = dict(hooks)  # without ours; the forward itself may have added or removed some
                 hooks.clear()
-                hooks.update(all_of_them)
+                hooks.update({k: hook for k, hook in before.items() if k in now or isinstance(hook, Hook)})
+                hooks.update(now)
 
     def _living(self) -> list[Participant]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]

@@ -28,7 +28,7 @@ class MemberLoop:
     Parameters
     ----------
     evaluate : callable
-        ``evaluate(member) -> loss``, which has called backward. It is called with the member's weights in place.
+        ``evaluate(member, gradients) -> loss``, which has called backward. The member's weights are in place.
     perturbation : Perturbation
         Moves the weights.
     parameters : sequence of Tensor
@@ -52,7 +52,7 @@ class MemberLoop:
 
     def __init__(
         self,
-        evaluate: Callable[[int], Loss | None],
+        evaluate: Callable[[int, MemberGradients], Loss | None],
         perturbation: Perturbation,
         parameters: Sequence[Tensor],
         gradients: type[MemberGradients],
@@ -105,7 +105,7 @@ class MemberLoop:
         for member, size in enumerate(self._sizes):
             self._begin(member, gradients, buffers)
             with torch.enable_grad():
-                loss = self._evaluate(member)
+                loss = self._evaluate(member, gradients)
             if member == 0:
                 self._after_first()
                 if loss is None:
@@ -117,7 +117,7 @@ class MemberLoop:
             counted += size
             fraction = size / counted
             square_norm = gradients.collect(fraction)
-            self.record.add_member(loss=value, square_norm=square_norm, slope=self._perturbation.slope(self._probe))
+            self.record.add_losses(value, square_norm, self._perturbation.slope(self._probe), [size])
             mean_loss = running_mean(mean_loss, value, fraction)
             buffers.collect(fraction)
         self._check_finite()
@@ -146,9 +146,6 @@ class MemberLoop:
                 self._start.keep_moved(self._end)
 
     def _finish(self, gradients: MemberGradients, buffers: MemberBuffers) -> None:
-        mean_square_norm = gradients.finish()
-        if not gradients.accumulated:  # else what was in .grad before is in every member's gradient too
-            self.record.mean_square_norm = mean_square_norm
         end = self._end or RandomStreams(self._devices() if self._clean_forward else [])
         if self._clean_forward is None:
             buffers.finish()
@@ -159,6 +156,9 @@ class MemberLoop:
             self._clean_forward()
         if self._start is not None or self._clean_forward is not None:
             end.rewind()
+        mean_square_norm = gradients.finish()  # last: nothing can fail any more
+        if not gradients.accumulated:  # else what was in .grad before is in every member's gradient too
+            self.record.mean_square_norm = mean_square_norm
 
     def _devices(self) -> set[torch.device]:
         return {parameter.device for parameter in self._parameters}

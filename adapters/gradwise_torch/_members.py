@@ -83,12 +83,10 @@ class MemberOptimizer(OptimizerWrapper):
         self._check_not_by_hand("member")
         self.end_member()
         self._enter(self._perturbation(paired=True), index)
-        self._by_hand = True
         try:
-            with self._suspended_hooks():
+            with self._exclusively():
                 yield
         finally:
-            self._by_hand = False
             self._weights.leave()
 
     @contextmanager
@@ -216,9 +214,22 @@ class MemberOptimizer(OptimizerWrapper):
         finally:
             self._event.suspended -= 1
 
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Let nobody else move the weights of this optimizer: no hook, and no call of the user's."""
+        self._by_hand = True
+        try:
+            with self._suspended_hooks():
+                yield
+        finally:
+            self._by_hand = False
+
     def _check_not_by_hand(self, name: str) -> None:
         if self._by_hand:
-            msg = f"`{name}` must not be called inside `with optimizer.member(i):`; leave that one first"
+            msg = (
+                f"`{name}` must not be called while another member of the same optimizer is in place: inside "
+                "`with optimizer.member(i):`, a closure or a loss function"
+            )
             raise RuntimeError(msg)
 
 

@@ -52,7 +52,9 @@ def automatic_path(model: nn.Module, of_model: Sequence[Tensor], rows: int, *, s
     return "compile" if compiled else "vmap"
 
 
-def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[Tensor]) -> str | None:
+def obstacle(
+    model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[Tensor], *, sharded: bool
+) -> str | None:
     """Why the members of this model cannot be computed at once, as far as that shows beforehand; None if it does not.
 
     What shows only in the attempt (operations without a batching rule, control flow that depends on data) raises there.
@@ -63,9 +65,16 @@ def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[
         What the loss function calls.
     parameters, of_model : sequence of Tensor
         Those of the optimizer and those of the model.
+    sharded : bool
+        Whether every member has rows of its own.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return "the model is distributed, and its gradients would not be reduced"
+    for module in model.modules():
+        if isinstance(module, _DISTRIBUTED) or type(module).__name__ == "FullyShardedDataParallel":
+            return "the model is distributed, and its gradients would not be reduced"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return "a module has a backward hook, which would not run"
+        if sharded and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return "torch's vmap gives the padding row of an embedding a gradient"
     own = {id(parameter) for parameter in of_model}
     if any(id(parameter) not in own for parameter in parameters):
         return "the optimizer has parameters that the model does not have"
@@ -76,6 +85,9 @@ def obstacle(model: nn.Module, parameters: Sequence[Tensor], of_model: Sequence[
     if len({parameter.device for parameter in of_model}) > 1:
         return "the model is on several devices"
     return None
+
+
+_DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def _hooked(parameter: Any) -> bool:

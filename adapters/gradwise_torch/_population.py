@@ -211,7 +211,7 @@ class PopulationGradient(BatchOptimizer):
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         calls: list[tuple[Any, ...]] = []
         loop = MemberLoop(
-            lambda _: closure(),
+            lambda *_: closure(),
             self._perturbation(paired=True),
             self._parameters(),
             ClosureGradients,
@@ -221,7 +221,7 @@ class PopulationGradient(BatchOptimizer):
             on_nonfinite=self._on_nonfinite,
             clean_forward=None if self._norm_statistics == "mean" else lambda: self._clean_forward(calls),
         )
-        with self._suspended_hooks():
+        with self._exclusively():
             if self._norm_statistics == "recalibrate" and self._event is not None:
                 self._event.record_calls(calls)
             try:

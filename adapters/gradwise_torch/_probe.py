@@ -7,22 +7,23 @@ from torch import Tensor
 
 __all__ = ["WHOLE", "Probe"]
 
-SHARE = 8
+BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A contiguous eighth of every large tensor, the same for all members of a step and their mean.
+    """One of eight blocks of every large tensor, the same for all members of a step and their mean.
 
-    Sums over it, times `factor`, estimate those over the tensor. Since members and mean are seen through the same
-    window, what holds for gradients (their mean is not longer than the longest of them) holds for what is seen.
+    Sums over it, times `factor`, estimate those over the tensor, without bias over the steps. Since members and mean
+    are seen through the same window, what holds for gradients (their mean is not longer than the longest of them)
+    holds for what is seen.
 
     Attributes
     ----------
     position : float
-        Where the eighths stand, from 0 to 1: drawn for every step.
+        Which block, from 0 to 1 (excluded): drawn for every step.
     large : float
-        A tensor of up to so many numbers is looked at whole, and so many are looked at in every larger one.
+        Every block has at least so many numbers; there are fewer than eight where this takes it.
     """
 
     position: float = 0.0
@@ -30,23 +31,22 @@ class Probe:
 
     def span(self, size: int) -> slice:
         """The numbers to look at in a tensor of that size."""
-        if size <= self.large:
-            return slice(0, size)
-        length = max(int(self.large), size // SHARE)
-        start = int(self.position * (size - length)) // 16 * 16  # aligned: see the noise table
-        return slice(start, start + length)
+        blocks = self.factor(size)
+        block = int(self.position * blocks)
+        return slice(_edge(block, blocks, size), _edge(block + 1, blocks, size))
 
-    def factor(self, size: int) -> float:
-        """Size of the tensor relative to what is looked at."""
-        if size <= self.large:
-            return 1.0
-        span = self.span(size)
-        return size / (span.stop - span.start)
+    def factor(self, size: int) -> int:
+        """In how many blocks a tensor of that size is divided."""
+        return max(1, min(BLOCKS, int(size / self.large)))
 
     def part(self, tensor: Tensor) -> Tensor:
-        """What is looked at, flat."""
-        span = self.span(tensor.numel())
-        return tensor.flatten()[span] if tensor.numel() > self.large else tensor
+        """What is looked at, flat, or the tensor itself."""
+        size = tensor.numel()
+        return tensor if self.factor(size) == 1 else tensor.flatten()[self.span(size)]
+
+
+def _edge(block: int, blocks: int, size: int) -> int:
+    return size if block == blocks else block * size // blocks // 16 * 16  # aligned: see the noise table
 
 
 WHOLE = Probe(large=inf)

@@ -19,15 +19,18 @@ class RandomStreams:
     ----------
     devices : iterable of torch.device
         Devices whose default generators matter, next to the CPU's.
+    only_torch : bool
+        Leave Python's and numpy's be, which take 60 us to look up.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams: list[tuple[Callable[[Any], object], Any]] = [
-            (torch.set_rng_state, torch.get_rng_state()),
-            (random.setstate, random.getstate()),
-            # The legacy stream is the one that model code uses (SpecAugment masks, for example).
-            (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - see above
-        ]
+    def __init__(self, devices: Iterable[torch.device], *, only_torch: bool = False) -> None:
+        self._streams: list[tuple[Callable[[Any], object], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+        if not only_torch:
+            self._streams += [
+                (random.setstate, random.getstate()),
+                # The legacy stream is the one that model code uses (SpecAugment masks, for example).
+                (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - see above
+            ]
         self._devices = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
         for device in self._devices:
             module = getattr(torch, device.partition(":")[0])  # torch.cuda, torch.xpu, torch.mps

@@ -18,21 +18,19 @@ class MemberRecord:
         self.members = 0
         self.mean_square_norm: Tensor | None = None
         self.relative_sizes: Tensor | None = None  # |z|^2 and |w|^2 of the first member
+        self._sizes: list[int] = []
         self._losses: list[Any] = []
         self._square_norms: list[Tensor] = []
         self._slopes: list[Tensor] = []
 
-    def add_member(self, *, loss: Any = None, square_norm: Tensor | None = None, slope: Tensor | None = None) -> None:
-        """Take in one member; the unchanged loop does not know its loss and its own gradient."""
+    def add_member(self) -> None:
+        """Take in a member of the unchanged loop, which does not know its loss and its own gradient."""
         self.members += 1
-        if square_norm is not None and slope is not None:
-            self._losses.append(loss)
-            self._square_norms.append(square_norm)
-            self._slopes.append(slope)
 
-    def add_members(self, losses: Tensor, square_norms: Tensor, slopes: Tensor) -> None:
-        """Take in many at once: tensors with one entry per member."""
-        self.members += len(losses)
+    def add_losses(self, losses: Any, square_norms: Tensor, slopes: Tensor, sizes: list[int]) -> None:
+        """Take in one member or many: numbers, or tensors with an entry for each, and how much they count."""
+        self.members += len(sizes)
+        self._sizes += sizes
         self._losses.append(losses)
         self._square_norms.append(square_norms)
         self._slopes.append(slopes)
@@ -45,16 +43,17 @@ class MemberRecord:
         """The statistics as numbers, with the device syncs that this takes."""
         losses = self.loss_values()
         noise, weight = [math.nan] * 2 if self.relative_sizes is None else self.relative_sizes.tolist()
+        relative_sigma = math.sqrt(noise / weight) if weight else 0.0  # nothing has moved: sigma is 0
         agreement = rise = math.nan
         if self.mean_square_norm is not None:
-            agreement = gradient_agreement(float(self.mean_square_norm), _numbers(self._square_norms))
-            rise = sharpness(math.fsum(_numbers(self._slopes)) / self.members)
+            agreement = gradient_agreement(float(self.mean_square_norm), _numbers(self._square_norms), self._sizes)
+            rise = sharpness(math.fsum(_numbers(self._slopes)) / len(self._sizes))
         return PopulationStatistics(
             loss_mean=math.fsum(losses) / len(losses) if losses else math.nan,
             loss_spread=spread(losses),
             agreement=agreement,
             sharpness=rise,
-            relative_sigma=math.sqrt(noise / weight) if weight else math.nan,
+            relative_sigma=relative_sigma,
             members=self.members,
             skipped=skipped,
         )

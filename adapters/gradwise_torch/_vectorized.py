@@ -1,7 +1,7 @@
 """All members at once: one forward and one backward over stacked copies of the parameters."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from gradwise_torch._autograd_graph import graph_leaves
 from gradwise_torch._batches import Batch
 from gradwise_torch._buffers import AVERAGED
 from gradwise_torch._double_backward import plain_attention
@@ -72,7 +73,7 @@ class Members:
         places = {id(parameter): place for place, parameter in enumerate(parameters)}
         names: dict[str, int] = {}
         buffers: dict[str, Tensor] = {}
-        for prefix, module in model.named_modules(prefix="model", remove_duplicate=False):
+        for prefix, module in model.named_modules(prefix="model"):
             for name, parameter in module._parameters.items():
                 if id(parameter) in places:
                     names[f"{prefix}.{name}"] = places[id(parameter)]
@@ -170,17 +171,38 @@ def _statistics(
 
 
 def by_autograd(
-    member_loss: Callable[..., Any], inputs: tuple[Any, ...], in_dims: Any, randomness: str
+    member_loss: Callable[..., Any], inputs: tuple[Any, ...], in_dims: Any, randomness: str, *, strict: bool = False
 ) -> tuple[Gradients, Tensor]:
-    """Forward under vmap, backward by plain autograd, which spares the small operations the layers of functorch."""
+    """Forward under vmap, backward by plain autograd, which spares the small operations the layers of functorch.
+
+    `strict` looks for tensors that are not the members' and still get a gradient.
+    """
     rows, *others = inputs
     leaves = [row.requires_grad_() for row in map(Tensor.detach, rows)]
     # The CPU's fused attention has no batching rule: a loop inside, and a warning of torch's.
     on_cpu = leaves[0].device.type == "cpu"
-    with torch.enable_grad(), plain_attention() if on_cpu else nullcontext():
+    with torch.enable_grad(), plain_attention() if on_cpu else nullcontext(), _quiet_fallbacks():
         losses: Tensor = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, *others)
-        losses.sum().backward()
+        total = losses.sum()
+        if strict and not {id(leaf) for leaf in graph_leaves(total)} <= set(map(id, leaves)):
+            msg = (
+                "the loss has gradients for tensors that are not parameters of the model it is given: captured ones, "
+                "or those of another module"
+            )
+            raise ValueError(msg)
+        total.backward()
     return [leaf.grad for leaf in leaves], losses.detach()
+
+
+@contextmanager
+def _quiet_fallbacks() -> Iterator[None]:
+    """Where vmap loops inside an operation, it is slower and no less right; torch would warn at every one."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - unknown to type checkers
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)  # as it is by default; torch does not tell
 
 
 def by_functorch(
@@ -197,6 +219,9 @@ def by_functorch(
 
 def arguments_of(shards: Sequence[Batch], batch: Batch, members: int) -> list[tuple[slice, Any, Any]]:
     """The `batches` of `members_at_once`: one that all share, or the shards, stacked where their sizes are equal."""
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in batch.leaves):
+        msg = "the batch holds tensors that require gradients"
+        raise ValueError(msg)
     if not shards:
         return [(slice(0, members), batch.arguments(), (None, None))]
     result: list[tuple[slice, Any, Any]] = []
@@ -248,4 +273,6 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:
     """Mean over the first axis; weighted, where members count differently."""
-    return rows.mean(0) if weights is None else torch.tensordot(weights.to(rows), rows, 1)
+    if weights is None:
+        return rows.mean(0)
+    return (rows * weights.to(rows).view(-1, *[1] * (rows.ndim - 1))).sum(0)  # not tensordot: autocast would cast it

@@ -134,16 +134,17 @@ class Weights:
 
     @torch.no_grad()
     def relative_sizes(self, scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> Tensor:
-        """``|z|^2`` and ``|w|^2`` over all entries, for the member in place; no device sync."""
+        """``|z|^2`` and ``|w|^2`` over the entries that have moved, for the member in place; no device sync."""
         norms: list[Tensor] = []
+        sizes: list[Tensor] = []
         for (parameter, mean), scale, noise in zip(self._pairs(), scales, noises, strict=True):
             if scale is None:
                 continue
+            sizes.append(torch.linalg.vector_norm(at_least_float32(mean)))
             if scale.ndim or parameter.element_size() < 4:  # as stored: rounding may swallow a perturbation
                 norms.append(torch.dist(at_least_float32(parameter.detach()), at_least_float32(mean)))
             else:
                 norms.append(noise.norm() * scale)
-        sizes = [torch.linalg.vector_norm(at_least_float32(mean)) for mean in self._mean]
         return torch.stack([total_square(group, [1] * len(group)).float() for group in (norms, sizes)])
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -184,6 +185,8 @@ def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device]
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor itself in double precision and float32, a float32 copy of what is narrower."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -64,7 +64,7 @@ class Population:
     >>> population = Population(size=4, sigma=0.5)
     >>> weights = np.array([[3.0, -4.0]])
     >>> float(population.scale_of(weights, step=0, xp=np))  # 0.5 * sqrt((9 + 16) / 2)
-    1.7677669529663689
+    1.7677669529663687
     >>> up, down = (population.unit_noise((2,), member=i, step=0, tensor=0) for i in (0, 1))
     >>> bool(np.all(up == -down))
     True

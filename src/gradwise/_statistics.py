@@ -14,7 +14,7 @@ class PopulationStatistics:
     """What the members of one step said; NaN where the mode of training cannot know.
 
     Of a tensor with more than 65536 weights, `agreement` and `sharpness` of a loop over members see a contiguous eighth
-    (or 65536 weights, if that is more), which is drawn anew for every step.
+    (or about 65536 weights, if that is more), which is drawn anew for every step.
 
     Attributes
     ----------
@@ -76,14 +76,16 @@ def running_mean(mean: ArrayT, value: ArrayT, fraction: float) -> ArrayT:
     return value if fraction == 1 else mean + fraction * (value - mean)
 
 
-def gradient_agreement(mean_square_norm: float, square_norms: list[float]) -> float:
+def gradient_agreement(mean_square_norm: float, square_norms: list[float], sizes: list[int] | None = None) -> float:
     """``|mean g|^2 / mean |g|^2``, from the squared norm of the members' mean gradient and of each gradient.
 
-    1 when all gradients are equal (or all zero), about 1 / members when they are independent.
+    1 when all gradients are equal (or all zero), about 1 / members when they are independent. `sizes` is how much each
+    counts in both means; all the same by default.
     """
     if not square_norms:
         return math.nan
-    mean_of_squares = math.fsum(square_norms) / len(square_norms)
+    sizes = sizes or [1] * len(square_norms)
+    mean_of_squares = math.fsum(n * size for n, size in zip(square_norms, sizes, strict=True)) / sum(sizes)
     return mean_square_norm / mean_of_squares if mean_of_squares else 1.0
 
 
