@@ -25,6 +25,7 @@ from gradwise_torch._vectorized import (
     by_autograd,
     by_functorch,
     compiled,
+    kernels_for_vmap,
     members_at_once,
 )
 
@@ -138,11 +139,12 @@ class BatchWork:
                 self._weights(),
                 "different" if self.sharded or not self.share_masks else "same",
             )
-            outcome = self._rehearse(way, task) if first_time else way.program(*task)
-            if first_time and way.path == "compile":
-                start.rewind()
-                buffers.rewind()
-                outcome = way.program(*task)
+            with kernels_for_vmap(self.parameters[0].device):
+                outcome = self._rehearse(way, task) if first_time else way.program(*task)
+                if first_time and way.path == "compile":
+                    start.rewind()
+                    buffers.rewind()
+                    outcome = way.program(*task)
         except Exception as error:  # noqa: BLE001 - the loop will show whether it is the user's own
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:

@@ -56,10 +56,10 @@ class Noise:
         else:
             torch.addcmul(mean, self.gathered(), scale, out=out)
 
-    def norm(self) -> Tensor:
-        """Root of the sum of squares."""
-        norms = [torch.linalg.vector_norm(part) for part, _ in self._parts]
-        return norms[0] if len(norms) == 1 else torch.stack(norms or [torch.zeros(())]).norm()
+    def norm(self, span: slice) -> Tensor:
+        """Root of the sum of squares over a span of the numbers."""
+        flat = self._parts[0][0] if len(self._parts) == 1 else self.gathered().view(-1)
+        return torch.linalg.vector_norm(flat[span])
 
     def dot(self, values: Tensor, span: slice) -> tuple[Tensor, int]:
         """``sum(noise * values)`` over a span of their numbers, in float32 or better: without its sign, and that."""

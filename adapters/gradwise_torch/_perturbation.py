@@ -93,7 +93,7 @@ class Perturbation:
 
     def relative_sizes(self) -> Tensor:
         """``|z|^2`` and ``|w|^2`` of the member in place."""
-        return self._weights.relative_sizes(self.scales, self._noises)
+        return self._weights.relative_sizes(self.scales, self._noises, self.probe())
 
     def probe(self) -> Probe:
         """What the statistics of this step look at."""

@@ -20,7 +20,17 @@ from gradwise_torch._noise import StackedNoise
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._weights import at_least_float32
 
-__all__ = ["Holder", "Members", "Outcome", "arguments_of", "by_autograd", "by_functorch", "compiled", "members_at_once"]
+__all__ = [
+    "Holder",
+    "Members",
+    "Outcome",
+    "arguments_of",
+    "by_autograd",
+    "by_functorch",
+    "compiled",
+    "kernels_for_vmap",
+    "members_at_once",
+]
 
 COUNTED = (*AVERAGED, "num_batches_tracked")  # buffers that normalisation layers write to in a training-mode forward
 
@@ -179,9 +189,7 @@ def by_autograd(
     """
     rows, *others = inputs
     leaves = [row.requires_grad_() for row in map(Tensor.detach, rows)]
-    # The CPU's fused attention has no batching rule: a loop inside, and a warning of torch's.
-    on_cpu = leaves[0].device.type == "cpu"
-    with torch.enable_grad(), plain_attention() if on_cpu else nullcontext(), _quiet_fallbacks():
+    with torch.enable_grad():
         losses: Tensor = vmap(member_loss, in_dims=in_dims, randomness=randomness)(leaves, *others)
         total = losses.sum()
         if strict and not {id(leaf) for leaf in graph_leaves(total)} <= set(map(id, leaves)):
@@ -195,12 +203,16 @@ def by_autograd(
 
 
 @contextmanager
-def _quiet_fallbacks() -> Iterator[None]:
-    """Where vmap loops inside an operation, it is slower and no less right; torch would warn at every one."""
+def kernels_for_vmap(device: torch.device) -> Iterator[None]:
+    """Plain attention on CPUs, whose fused one has no batching rule; and no warning where vmap loops for want of one.
+
+    That is slower and no less right, and torch would warn every time.
+    """
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - unknown to type checkers
     functorch._set_vmap_fallback_warning_enabled(False)
     try:
-        yield
+        with plain_attention() if device.type == "cpu" else nullcontext():
+            yield
     finally:
         functorch._set_vmap_fallback_warning_enabled(True)  # as it is by default; torch does not tell
 

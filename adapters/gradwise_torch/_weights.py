@@ -133,19 +133,22 @@ class Weights:
         return weighted_total(dots, factors, sizes)
 
     @torch.no_grad()
-    def relative_sizes(self, scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> Tensor:
+    def relative_sizes(self, scales: Sequence[Tensor | None], noises: Sequence[Noise], probe: Probe) -> Tensor:
         """``|z|^2`` and ``|w|^2`` over the entries that have moved, for the member in place; no device sync."""
         norms: list[Tensor] = []
         sizes: list[Tensor] = []
+        factors: list[float] = []
         for (parameter, mean), scale, noise in zip(self._pairs(), scales, noises, strict=True):
             if scale is None:
                 continue
-            sizes.append(torch.linalg.vector_norm(at_least_float32(mean)))
+            part = at_least_float32(probe.part(mean))
             if scale.ndim or parameter.element_size() < 4:  # as stored: rounding may swallow a perturbation
-                norms.append(torch.dist(at_least_float32(parameter.detach()), at_least_float32(mean)))
+                norms.append(torch.dist(at_least_float32(probe.part(parameter.detach())), part))
             else:
-                norms.append(noise.norm() * scale)
-        return torch.stack([total_square(group, [1] * len(group)).float() for group in (norms, sizes)])
+                norms.append(noise.norm(probe.span(mean.numel())) * scale)
+            sizes.append(torch.linalg.vector_norm(part))
+            factors.append(probe.factor(mean.numel()))
+        return torch.stack([total_square(group, factors).float() for group in (norms, sizes)])
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self._parameters, self._mean, strict=True))

@@ -46,7 +46,8 @@ class Population:
         Standard deviation of the perturbation of a tensor, divided by sigma: the root mean square of the tensor, of
         each of its output filters, or 1. A tensor of zeros is not perturbed by the first two.
     noise : {"gaussian", "rademacher"}
-        Distribution of the unit noise: standard normal, or -1 and +1 with equal probability.
+        Distribution of the unit noise: standard normal, or -1 and +1 with equal probability. It is read from a table of
+        2**22 numbers, at offsets and with signs that a hash of the key decides, for the price of reading memory.
     antithetic : bool
         Members come in pairs with opposite noise, where members share a batch: the odd-order terms of the noise cancel.
     seed : int

@@ -13,8 +13,8 @@ ArrayT = TypeVar("ArrayT", bound=Any)
 class PopulationStatistics:
     """What the members of one step said; NaN where the mode of training cannot know.
 
-    Of a tensor with more than 65536 weights, `agreement` and `sharpness` of a loop over members see a contiguous eighth
-    (or about 65536 weights, if that is more), which is drawn anew for every step.
+    Of a tensor with more than 131072 weights, `agreement`, `sharpness` and `relative_sigma` of a loop over members see
+    a contiguous eighth (or about 65536 weights, if that is more), which is drawn anew for every step.
 
     Attributes
     ----------
