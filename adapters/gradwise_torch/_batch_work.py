@@ -16,10 +16,9 @@ from gradwise_torch._gradients import AddedGradients, MemberGradients, add_gradi
 from gradwise_torch._member_loop import MemberLoop, as_scalar
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._random import RandomStreams
+from gradwise_torch._stack import Holder, Members
 from gradwise_torch._statistics import MemberRecord
 from gradwise_torch._vectorized import (
-    Holder,
-    Members,
     Outcome,
     arguments_of,
     by_autograd,
