@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_batch_cells import mse
 
 from gradwise.torch import PopulationGradient
+from gradwise_torch._paths import automatic_path
 from gradwise_torch._probe import Probe
 
 Y = torch.linspace(-1, 1, 24, dtype=torch.float64).view(12, 2)
@@ -444,3 +445,24 @@ def test_torchs_stream_is_left_alone(path: Any) -> None:
     before = torch.get_rng_state()
     wrap(model).backward(mse, X, Y, vectorize=path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("how", ["returned", "in place"])
+def test_auto_compiles_for_a_compiled_model(how: str) -> None:
+    """Also where torch.compile has wrapped the model, which cannot be compiled twice."""
+    net = mlp()
+    model: Any = torch.compile(net, backend="eager") if how == "returned" else net
+    if how == "in place":
+        net.compile(backend="eager")
+    assert automatic_path(model, list(net.parameters()), 12, sharded=False) == "compile"
+    optimizer = PopulationGradient(torch.optim.SGD(net.parameters(), lr=0.1), model, population_size=4, seed=1)
+    results = []
+    for path in ("auto", "loop"):
+        optimizer.zero_grad()
+        optimizer._streams = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where there is no compiler, vmap must do the same
+            optimizer.backward(mse, X, Y, vectorize=path)
+        results.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -124,14 +124,16 @@ class BatchWork:
     @torch.no_grad()
     def all_at_once(self, way: Way) -> tuple[Tensor | None, str | None]:
         """The loss, or the reason why it cannot be done; neither if a loss is not finite, which the loop sees to."""
-        members = Members.of(self.model, self.of_model, self.perturbation, len(self.sizes))
+        # Under vmap, what torch.compile returns runs the original anyway, and it cannot be compiled once more.
+        model: nn.Module = getattr(self.model, "_orig_mod", self.model)
+        members = Members.of(model, self.of_model, self.perturbation, len(self.sizes))
         trained = tuple(map(id, members.parameters))
         first_time = way.trained != trained
         start = RandomStreams(self._devices(), only_torch=not first_time and not self.recalibrate)
         buffers = MemberBuffers(self.model)
         try:
             task = (
-                Holder(self.model),
+                Holder(model),
                 self.loss_fn,
                 members,
                 arguments_of(self.shards, self.batch, len(self.sizes)),
