@@ -1,6 +1,7 @@
 """The noise table: keys that never collide, and numbers as good as fresh draws for what they are used for."""
 
 from itertools import combinations
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -90,14 +91,14 @@ def test_members_of_a_step_are_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
-def test_estimates_scatter_as_with_fresh_draws(noise: str) -> None:
+def test_estimates_scatter_as_with_fresh_draws(noise: Literal["gaussian", "rademacher"]) -> None:
     """Mean and variance over steps of what the noise is for: projections g . e, and quadratic forms e' H e.
 
     The directions are smooth, the worst case for a table whose windows are shifts of each other.
     """
     size, steps = 512, 3000
     rng = np.random.default_rng(0)
-    population = Population(noise=noise, antithetic=False)  # type: ignore[arg-type] - a str where a Literal is meant
+    population = Population(noise=noise, antithetic=False)
     table = np.stack([population.unit_noise((size,), step=step, member=0, tensor=0) for step in range(steps)])
     fresh = rng.standard_normal((steps, size)) if noise == "gaussian" else rng.choice([-1.0, 1.0], (steps, size))
     positions = np.arange(size)

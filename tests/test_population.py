@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -109,9 +109,10 @@ def test_scales_agree_with_plain_numpy(scale: Any, shape: tuple[int, ...], xp: M
 def test_scale_laws(factor: float, sigma: float) -> None:
     """Relative scales follow the weights, absolute ones do not; all are proportional to sigma."""
     weights = np.random.default_rng(0).standard_normal((3, 5))
-    for scale, power in (("rms", 1), ("filter", 1), ("absolute", 0)):
-        population = Population(sigma=sigma, scale=scale)  # type: ignore[arg-type] - a str where a Literal is meant
-        unit = Population(sigma=1.0, scale=scale)  # type: ignore[arg-type] - a str where a Literal is meant
+    powers: dict[Literal["rms", "filter", "absolute"], int] = {"rms": 1, "filter": 1, "absolute": 0}
+    for scale, power in powers.items():
+        population = Population(sigma=sigma, scale=scale)
+        unit = Population(sigma=1.0, scale=scale)
         np.testing.assert_allclose(
             population.scale_of(factor * weights, xp=np),
             sigma * factor**power * unit.scale_of(weights, xp=np),

@@ -34,8 +34,6 @@ from torch_cells import assert_same, snapshot
 from gradwise.torch import PopulationGradient
 
 PATHS = ["loop", "vmap"]
-# torch says so of rare operations, once a process; the result is the same
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:

@@ -32,8 +32,6 @@ from gradwise.torch import GradientMatching, PopulationGradient
 from gradwise_torch._noise import Noise
 
 PATHS = ["loop", "vmap"]
-# torch says so of rare operations, once a process; the result is the same
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 
 class Recurrent(nn.Module):

@@ -181,7 +181,7 @@ def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], frac
                 dense[1].append(value)
         result.append(mean)
     if dense[0]:
-        torch._foreach_lerp_(*dense, fraction)  # type: ignore[reportPrivateImportUsage] - running_mean, in place
+        torch._foreach_lerp_(*dense, fraction)  # type: ignore[reportPrivateImportUsage] - no public name; `running_mean` in place
     return result
 
 
@@ -189,5 +189,5 @@ def square_norm(gradients: Sequence[Tensor | None], probe: Probe = WHOLE) -> Ten
     """``|g|^2`` over all tensors as estimated from the probe, in float32 or better; no device sync."""
     present = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
     parts = [at_least_float32(probe.part(g.detach())) for g in present]
-    norms = torch._foreach_norm(parts) if parts else []  # type: ignore[reportPrivateImportUsage] - one call for all
+    norms = torch._foreach_norm(parts) if parts else []  # type: ignore[reportPrivateImportUsage] - no public name
     return total_square(norms, [probe.factor(g.numel()) for g in present])

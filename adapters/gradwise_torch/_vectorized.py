@@ -146,7 +146,7 @@ def kernels_for_vmap(device: torch.device) -> Iterator[None]:
 
     That is slower and no less right, and torch would warn every time.
     """
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - unknown to type checkers
+    functorch: Any = torch._C._functorch  # type: ignore[reportAttributeAccessIssue] - C extension
     functorch._set_vmap_fallback_warning_enabled(False)
     try:
         with plain_attention() if device.type == "cpu" else nullcontext():
