@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("KERAS_BACKEND", "jax")  # `make unit` also runs the Keras tests on the others
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else TensorFlow reports on its start-up
 
 import torch
 from hypothesis import settings

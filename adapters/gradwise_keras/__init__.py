@@ -1,0 +1,1 @@
+"""The Keras 3 side of gradwise (TensorFlow, JAX and torch backends); import it as `gradwise.keras`."""
