@@ -9,23 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwise import Population
-from gradwise._noise import CHUNK, GRAIN, SIZE, key_windows, noise_table
+from gradwise._noise import CHUNK, GRAIN, SIZE, key_windows, key_words, noise_table, window_draw, window_of
 
 words = st.tuples(*[st.integers(0, 2**64 - 1)] * 5)
+steps = st.integers(0, 2**32 - 1)
 CLASSES = SIZE // GRAIN  # numbers that one place of a window may hold
 
 
-@given(one=words, other=words)
-def test_windows_belong_to_their_key(one: tuple[int, ...], other: tuple[int, ...]) -> None:
-    """Five windows carry 5 x 19 random bits: equal for distinct keys once in 4e28 pairs."""
-    first, second = (key_windows(key, 5 * CHUNK) for key in (one, other))
+@given(one=words, other=words, step=steps, later=steps)
+def test_windows_belong_to_their_key_and_step(
+    one: tuple[int, ...], other: tuple[int, ...], step: int, later: int
+) -> None:
+    """Five windows carry 5 x 19 random bits: equal for distinct keys or steps once in 4e28 pairs."""
+    first, second, third = (
+        key_windows(*at) for at in ((one, 5 * CHUNK, step), (other, 5 * CHUNK, step), (one, 5 * CHUNK, later))
+    )
     assert (first == second) == (one == other)
-    assert key_windows.__wrapped__(one, 5 * CHUNK) == first
+    assert (first == third) == (step == later)
+    assert key_words.__wrapped__(one, 5 * CHUNK) == key_words(one, 5 * CHUNK)
 
 
-@given(key=words, size=st.integers(0, 20 * CHUNK))
-def test_windows_cover_the_tensor_and_stay_in_the_table(key: tuple[int, ...], size: int) -> None:
-    windows = key_windows(key, size)
+@given(key=words, step=steps, size=st.integers(0, 20 * CHUNK))
+def test_windows_cover_the_tensor_and_stay_in_the_table(key: tuple[int, ...], step: int, size: int) -> None:
+    windows = key_windows(key, size, step)
     assert sum(length for _, length, _ in windows) == size
     assert all(length == CHUNK for _, length, _ in windows[:-1])
     for offset, length, sign in windows:
@@ -37,20 +43,57 @@ def test_windows_cover_the_tensor_and_stay_in_the_table(key: tuple[int, ...], si
 
 def test_every_window_of_a_large_tensor_is_its_own() -> None:
     """Also beyond the eight that one digest decides."""
-    windows = key_windows((0, 0, 0, 0, 0), 40 * CHUNK)
+    windows = key_windows((0, 0, 0, 0, 0), 40 * CHUNK, 0)
     assert len({offset for offset, _, _ in windows}) == 40
     assert {sign for _, _, sign in windows} == {-1, 1}
 
 
-def test_offsets_and_signs_are_uniform() -> None:
-    draws = [key_windows((7, 0, step, 0, tensor), 1)[0] for step in range(500) for tensor in range(20)]
-    offsets = np.array([offset for offset, _, _ in draws]) / SIZE
-    signs = np.array([sign for _, _, sign in draws])
-    # 10000 draws: standard errors 0.003 (mean, sd 1 / sqrt(12)), 0.01 (sign) and 0.01 (their correlation).
-    assert abs(offsets.mean() - 0.5) < 0.012
-    assert abs(offsets.std() - 12**-0.5) < 0.01
-    assert abs(signs.mean()) < 0.04
-    assert abs(np.corrcoef(offsets, signs)[0, 1]) < 0.04
+def test_steps_beyond_32_bits_are_keys_of_their_own() -> None:
+    population = Population()
+    at = [population.windows_of(5 * CHUNK, step=step, members=[0], tensor=0) for step in (3, 3 + 2**32, 3 + 2**33)]
+    assert at[0] != at[1] != at[2] != at[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "draws_of"),
+    [(1, 200_000), (200_000, 1), (450, 450)],
+    ids=["steps of one key", "keys at one step", "both"],
+)
+def test_draws_are_uniform_and_independent(keys: int, draws_of: int) -> None:
+    """Over consecutive steps and neighbouring keys: places, signs, bits, and how one goes with the next."""
+    words_of_keys = np.array([key_words((7, 0, 0, 0, tensor), 1)[0] for tensor in range(keys)])
+    draws = window_draw(words_of_keys[:, :1], words_of_keys[:, 1:], np.arange(draws_of)[None])
+    offsets, signs = window_of(draws.reshape(-1))
+    n = offsets.size
+    bits = (draws.reshape(-1)[:, None] >> np.arange(32)) & 1
+    # Each frequency and each correlation has standard error at most 1 / sqrt(n); there are under 2000 of them: 5 of it.
+    bound = 5 / np.sqrt(n)
+    assert np.abs(2 * bits.mean(0) - 1).max() < bound
+    pairs = np.corrcoef(bits.T) - np.eye(32)
+    assert np.abs(pairs).max() < bound
+    for axis in (0, 1):
+        if draws.shape[axis] > 1:
+            one, following = np.delete(draws, -1, axis).reshape(-1), np.delete(draws, 0, axis).reshape(-1)
+            flips = ((one ^ following)[:, None] >> np.arange(32)) & 1
+            assert np.abs(2 * flips.mean(0) - 1).max() < bound
+            assert abs(np.corrcoef(one, following)[0, 1]) < bound
+    # Chi-square with 255 degrees of freedom over the highest bits of the place, with each sign: mean 255, sd 22.6.
+    for sign in (0, 1):
+        counts = np.bincount(offsets[signs == sign] * 256 // SIZE, minlength=256)
+        expected = counts.sum() / 256
+        assert 255 - 5 * 22.6 < np.sum((counts - expected) ** 2 / expected) < 255 + 5 * 22.6
+    assert offsets.min() >= 0
+    assert offsets.max() < SIZE
+    assert np.all(offsets % GRAIN == 0)
+
+
+@given(first=st.integers(0, 2**32 - 1), second=st.integers(0, 2**32 - 1), step=steps)
+def test_arrays_draw_what_integers_draw(first: int, second: int, step: int) -> None:
+    expected = window_draw(first, second, step)
+    assert 0 <= expected < 2**32
+    for dtype in (np.int64, np.uint32):
+        arrays = (np.array([value], dtype=dtype) for value in (first, second, step))
+        assert window_draw(*arrays, word=dtype(2**32 - 1)).tolist() == [expected]
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])

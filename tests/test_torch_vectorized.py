@@ -262,9 +262,9 @@ def counted_from_zero(optimizer: PopulationGradient) -> list[dict[str, Any]]:
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors of several windows, without the millions of numbers that this takes otherwise."""
     monkeypatch.setattr(gradwise._noise, "CHUNK", 48)
-    gradwise._noise.key_windows.cache_clear()
+    gradwise._noise.key_words.cache_clear()
     yield
-    gradwise._noise.key_windows.cache_clear()
+    gradwise._noise.key_words.cache_clear()
 
 
 class Weight(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gradwise._noise import Window, key_seed, key_windows, noise_table
+from gradwise._noise import Window, key_seed, key_windows, key_words, noise_table
 
 __all__ = ["Population"]
 
@@ -186,9 +186,28 @@ class Population:
         """
         result: list[tuple[Window, ...]] = []
         for stream, sign in [self.stream_of(member, paired=paired) for member in members]:
-            windows = key_windows(self._words(step=step, stream=stream, tensor=tensor, rank=rank), size)
+            seed, _, _, _, _ = self._words(step=step, stream=stream, tensor=tensor, rank=rank)
+            high, low = divmod(step, 1 << 32)
+            windows = key_windows((seed, rank, high, stream, tensor), size, low)
             result.append(windows if sign > 0 else tuple([(offset, length, -own) for offset, length, own in windows]))
         return result
+
+    def words_of(self, size: int, *, stream: int, tensor: int, rank: int = 0) -> tuple[tuple[int, int], ...]:
+        """What a compiled training step needs to find the windows of `windows_of` by itself, at steps below 2**32.
+
+        Parameters
+        ----------
+        size : int
+            Number of elements of the tensor.
+        stream, tensor, rank : int
+            The key without its step. See `stream_of` for the stream of a member, and the sign that goes with it.
+
+        Returns
+        -------
+        tuple of (int, int)
+            Two 32-bit words for each window, for ``gradwise._noise.window_draw``.
+        """
+        return key_words(self._words(step=0, stream=stream, tensor=tensor, rank=rank), size)
 
     def unit_noise(
         self,
