@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwise import Population
-from gradwise._statistics import gradient_agreement, running_mean, sharpness, spread
+from gradwise._statistics import gradient_agreement, running_mean, sharpness
 
 words = st.integers(0, 2**64 - 1)
 keys = st.fixed_dictionaries({"rank": words, "step": words, "member": words, "tensor": words})
@@ -192,17 +192,25 @@ def test_running_mean_on_arrays(xp: ModuleType, array: Any) -> None:
 @given(rows=st.lists(st.lists(st.floats(-10, 10), min_size=3, max_size=3), min_size=1, max_size=8))
 def test_agreement_lies_between_zero_and_one(rows: list[list[float]]) -> None:
     gradients = np.array(rows)
-    agreement = gradient_agreement(float(np.sum(gradients.mean(0) ** 2)), [float(np.sum(g**2)) for g in gradients])
+    norms = np.square(gradients).sum(1)
+    agreement = gradient_agreement(np.sum(gradients.mean(0) ** 2), norms, sizes=np.ones(len(rows)), xp=np)
     assert -1e-12 <= agreement <= 1 + 1e-9
     if len({tuple(row) for row in rows}) == 1:
         assert agreement == pytest.approx(1.0)
 
 
-def test_statistics_of_nothing_are_unknown() -> None:
-    assert math.isnan(gradient_agreement(1.0, []))
+@pytest.mark.parametrize(("xp", "array"), namespaces())
+def test_agreement_counts_members_by_their_size(xp: ModuleType, array: Any) -> None:
+    one, other = np.array([1.0, 0.0]), np.array([0.0, 2.0])
+    mean = (3 * one + other) / 4
+    agreement = gradient_agreement(array(mean @ mean), array([1.0, 4.0]), sizes=array([3.0, 1.0]), xp=xp)
+    assert float(agreement) == pytest.approx((9 + 4) / 16 / (7 / 4))
+    assert math.isnan(float(gradient_agreement(array(1.0), array([math.nan, 1.0]), sizes=array([1.0, 1.0]), xp=xp)))
+    assert float(gradient_agreement(array(0.0), array([0.0, 0.0]), sizes=array([1.0, 1.0]), xp=xp)) == 1
+
+
+def test_sharpness_is_half_the_mean_projection() -> None:
     assert sharpness(3.0) == 1.5
-    assert math.isnan(spread([]))
-    assert spread([1.0, 3.0]) == 1.0  # divided by n
 
 
 FRAMEWORKS = ("torch", "keras", "tensorflow", "jax")

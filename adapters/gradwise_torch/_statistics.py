@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradwise._statistics import PopulationStatistics, gradient_agreement, sharpness, spread
+from gradwise._matching_scale import standard_deviation
+from gradwise._statistics import PopulationStatistics, gradient_agreement, sharpness
 
 __all__ = ["MemberRecord"]
 
@@ -41,16 +43,17 @@ class MemberRecord:
 
     def read(self, *, skipped: int) -> PopulationStatistics:
         """The statistics as numbers, with the device syncs that this takes."""
-        losses = self.loss_values()
+        losses = np.array(self.loss_values())
         noise, weight = [math.nan] * 2 if self.relative_sizes is None else self.relative_sizes.tolist()
         relative_sigma = math.sqrt(noise / weight) if weight else 0.0  # nothing has moved: sigma is 0
         agreement = rise = math.nan
-        if self.mean_square_norm is not None:
-            agreement = gradient_agreement(float(self.mean_square_norm), _numbers(self._square_norms), self._sizes)
+        if self.mean_square_norm is not None and self._sizes:
+            norms, sizes = np.array(_numbers(self._square_norms)), np.array(self._sizes)
+            agreement = float(gradient_agreement(float(self.mean_square_norm), norms, sizes=sizes, xp=np))
             rise = sharpness(math.fsum(_numbers(self._slopes)) / len(self._sizes))
         return PopulationStatistics(
-            loss_mean=math.fsum(losses) / len(losses) if losses else math.nan,
-            loss_spread=spread(losses),
+            loss_mean=float(losses.mean()) if losses.size else math.nan,
+            loss_spread=float(standard_deviation(losses, xp=np)) if losses.size else math.nan,
             agreement=agreement,
             sharpness=rise,
             relative_sigma=relative_sigma,

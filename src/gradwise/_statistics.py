@@ -45,7 +45,7 @@ class PopulationStatistics:
     skipped: int = 0
 
 
-def running_mean(mean: ArrayT, value: ArrayT, fraction: float) -> ArrayT:
+def running_mean(mean: ArrayT, value: ArrayT, fraction: Any) -> ArrayT:
     """Mean of the values so far from the mean of all but the last, and the last.
 
     Computes ``mean + fraction * (value - mean)``, which for equal values is exact in floating point at every count;
@@ -56,7 +56,7 @@ def running_mean(mean: ArrayT, value: ArrayT, fraction: float) -> ArrayT:
     ----------
     mean, value : array or float of the same shape
         Ignored and new value; `mean` does not matter when `fraction` is 1.
-    fraction : float
+    fraction : float or array of shape ()
         The weight of the last value among all so far: 1 / count where all count the same.
 
     Returns
@@ -73,20 +73,34 @@ def running_mean(mean: ArrayT, value: ArrayT, fraction: float) -> ArrayT:
     >>> mean == 0.1, sum([0.1] * 7) / 7 == 0.1
     (True, False)
     """
-    return value if fraction == 1 else mean + fraction * (value - mean)
+    if isinstance(fraction, (int, float)) and fraction == 1:
+        return value
+    return mean + fraction * (value - mean)
 
 
-def gradient_agreement(mean_square_norm: float, square_norms: list[float], sizes: list[int] | None = None) -> float:
-    """``|mean g|^2 / mean |g|^2``, from the squared norm of the members' mean gradient and of each gradient.
+def gradient_agreement(mean_square_norm: Any, square_norms: Any, *, sizes: Any, xp: Any) -> Any:
+    """``|mean g|^2 / mean |g|^2``: 1 when all gradients are equal (or zero), about 1 / members when independent.
 
-    1 when all gradients are equal (or all zero), about 1 / members when they are independent. `sizes` is how much each
-    counts in both means; all the same by default.
+    Parameters
+    ----------
+    mean_square_norm : array of shape ()
+        Squared norm of the members' mean gradient.
+    square_norms : array of shape (members,)
+        Squared norm of each member's gradient.
+    sizes : array of shape (members,)
+        How much each counts in both means.
+    xp : module
+        The array namespace.
+
+    Returns
+    -------
+    array of shape ()
+        Without unit.
     """
-    if not square_norms:
-        return math.nan
-    sizes = sizes or [1] * len(square_norms)
-    mean_of_squares = math.fsum(n * size for n, size in zip(square_norms, sizes, strict=True)) / sum(sizes)
-    return mean_square_norm / mean_of_squares if mean_of_squares else 1.0
+    mean_of_squares = xp.sum(square_norms * sizes) / xp.sum(sizes)
+    ones = xp.zeros_like(mean_of_squares) + 1.0
+    zero = mean_of_squares == 0  # not its opposite: NaN must come through
+    return xp.where(zero, ones, mean_square_norm / xp.where(zero, ones, mean_of_squares))
 
 
 def sharpness(mean_projection: float) -> float:
@@ -96,11 +110,3 @@ def sharpness(mean_projection: float) -> float:
     ``E[z . g(w + z)] = E[z'Hz]``; so half the mean of the projections, exact there whatever the loss at w.
     """
     return mean_projection / 2
-
-
-def spread(values: list[float]) -> float:
-    """Standard deviation, divided by n."""
-    if not values:
-        return math.nan
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
