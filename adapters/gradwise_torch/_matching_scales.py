@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from gradwise._matching_data import check_training_data, scale_from_data
 from gradwise._matching_scale import MatchingScale, directional_scale, matching_scale
 from gradwise_torch._matching_goals import Goal
-from gradwise_torch._target_shapes import as_directional, as_jacobian
+from gradwise_torch._target_shapes import as_directional
 
 __all__ = ["MatchingScales", "processes"]
 
@@ -59,35 +60,23 @@ class MatchingScales(nn.Module):
         if (dydx is None) == (target_jvp is None):
             msg = f"exactly one of `dydx` and `target_jvp` must be given; got {'neither' if dydx is None else 'both'}"
             raise ValueError(msg)
-        name, known_derivatives = ("dydx", dydx) if target_jvp is None else ("target_jvp", target_jvp)
-        inputs, derivatives = _array(X), _array(known_derivatives)
+        inputs = _array(X)
         values = None if y is None else _array(y)
         known = None if mask is None else np.asarray(_array(mask), dtype=bool)
-        for label, array in (("X", inputs), ("y", values), (name, derivatives)):
-            if array is not None and array.shape[:1] != (len(inputs),):
-                msg = f"`{label}` must have one row for each of the {len(inputs)} rows of `X`; got shape {array.shape}"
-                raise ValueError(msg)
-            if array is not None and not np.all(np.isfinite(array) | (np.isnan(array) & (label == name))):
-                msg = f"`{label}` must be finite{' or NaN (unknown)' if label == name else ''}; got a value that is not"
-                raise ValueError(msg)
-        values = None if values is None else values.reshape(len(values), -1)
-        if values is not None:
-            n_outputs = values.shape[1]
-        elif derivatives.ndim == 1 or (target_jvp is None and derivatives.shape == inputs.shape):
-            n_outputs = 1
-        else:
-            n_outputs = derivatives.shape[1]
         dtype = X.dtype if isinstance(X, Tensor) and X.is_floating_point() else torch.get_default_dtype()
         if target_jvp is None:
-            derivatives = as_jacobian(name, derivatives, inputs.shape, n_outputs)
-            known = None if known is None else as_jacobian("mask", known, inputs.shape, n_outputs)
-            flat = inputs.reshape(len(inputs), -1)
-            self._set("jacobian", matching_scale(flat, values, derivatives, mask=known, scale=self.scale, xp=np), dtype)
-        else:
-            n_directions = derivatives.shape[2] if derivatives.ndim > 2 else None
-            derivatives = as_directional(name, derivatives, len(inputs), n_outputs, n_directions)
-            known = None if known is None else as_directional("mask", known, len(inputs), n_outputs, n_directions)
-            self._set("jvp", directional_scale(values, derivatives, mask=known, scale=self.scale, xp=np), dtype)
+            statistics = scale_from_data(inputs, values, _array(dydx), mask=known, scale=self.scale)
+            self._set("jacobian", statistics, dtype)
+            return
+        derivatives = _array(target_jvp)
+        check_training_data(inputs, values, derivatives, "target_jvp")
+        values = None if values is None else values.reshape(len(values), -1)
+        columns = derivatives[:, None] if derivatives.ndim == 1 else derivatives
+        n_outputs = columns.shape[1] if values is None else values.shape[1]
+        n_directions = derivatives.shape[2] if derivatives.ndim > 2 else None
+        derivatives = as_directional("target_jvp", derivatives, len(inputs), n_outputs, n_directions)
+        known = None if known is None else as_directional("mask", known, len(inputs), n_outputs, n_directions)
+        self._set("jvp", directional_scale(values, derivatives, mask=known, scale=self.scale, xp=np), dtype)
 
     def lookup(self, goal: Goal, x: Tensor, *, training: bool) -> tuple[Tensor | None, Tensor | float]:
         """Scale of shape (n_outputs, width) and threshold for `goal`; the first training batch sets them if need be."""

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from gradwise._matching_data import accepted_text, jacobian_shapes, shape_text
+
 __all__ = ["as_directional", "as_jacobian", "as_norms", "as_tangents"]
 
 Shape = tuple[int, ...]
@@ -13,9 +15,8 @@ def as_jacobian(name: str, array: Any, x_shape: Shape, n_outputs: int) -> Any:
 
     Accepts exactly that, (batch, n_outputs, *shape of an input) and, for one output, the shape of x.
     """
-    batch, *inputs = x_shape
-    full = (batch, n_outputs, math.prod(inputs))
-    return _reshape(name, array, full, full, (batch, n_outputs, *inputs), x_shape if n_outputs == 1 else None)
+    shapes = jacobian_shapes(x_shape, n_outputs)
+    return _reshape(name, array, shapes[0], *shapes)
 
 
 def as_directional(name: str, array: Any, batch: int, n_outputs: int, n_directions: int | None) -> Any:
@@ -43,10 +44,8 @@ def as_tangents(tangents: Any, x_shape: Shape) -> tuple[Any, int | None]:
     n_directions = tangents.shape[1] if many else 1
     shape = (batch, n_directions, *inputs) if many else x_shape
     if tuple(tangents.shape) != shape:
-        msg = (
-            f"`tangents` must have shape {tuple(x_shape)} or {_text((batch, 'n_directions', *inputs))}, like `x`; got "
-            f"{tuple(tangents.shape)}"
-        )
+        many_text = shape_text((batch, "n_directions", *inputs))
+        msg = f"`tangents` must have shape {tuple(x_shape)} or {many_text}, like `x`; got {tuple(tangents.shape)}"
         raise ValueError(msg)
     return tangents.reshape(batch, n_directions, math.prod(inputs)), n_directions if many else None
 
@@ -54,12 +53,8 @@ def as_tangents(tangents: Any, x_shape: Shape) -> tuple[Any, int | None]:
 def _reshape(name: str, array: Any, shape: Shape, *accepted: Shape | None) -> Any:
     if tuple(array.shape) == shape:
         return array
-    choices = list(dict.fromkeys(tuple(choice) for choice in accepted if choice is not None))
+    choices = tuple(dict.fromkeys(tuple(choice) for choice in accepted if choice is not None))
     if tuple(array.shape) not in choices:
-        msg = f"`{name}` must have shape {' or '.join(map(_text, choices))}; got {_text(tuple(array.shape))}"
+        msg = f"`{name}` must have shape {accepted_text(choices)}; got {shape_text(tuple(array.shape))}"
         raise ValueError(msg)
     return array.reshape(shape)
-
-
-def _text(shape: tuple[Any, ...]) -> str:
-    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"

@@ -38,8 +38,9 @@ def gradient_matching_loss(
     mask : boolean array of shape (batch, n_outputs, n_inputs), optional
         False means unknown. Unknown entries are selected away, never multiplied by zero, so that what stands there
         (NaN as well) reaches neither the loss nor its gradient. With nothing known the loss is 0.
-    sample_weight : array of shape (batch,), optional
-        Non-negative weights without unit; only their ratios matter. A weight of zero removes the sample.
+    sample_weight : array of shape (batch,), or of the shape of `predicted`, optional
+        Non-negative weights of samples, or of entries, without unit; only their ratios matter. A weight of zero
+        removes what it weighs.
     scale : array of shape (n_outputs, n_inputs), optional
         Brings a derivative to the units of y, for example the standard deviation of each input. Default 1.
     loss : {"mse", "huber"}, default "mse"
@@ -80,7 +81,7 @@ def gradient_matching_loss(
     for name, array, expected in (
         ("target", target, shape),
         ("mask", mask, shape),
-        ("sample_weight", sample_weight, shape[:1]),
+        ("sample_weight", sample_weight, shape if _per_entry(sample_weight) else shape[:1]),
         ("scale", scale, shape[1:]),
     ):
         if array is not None and _shape(array) != expected:
@@ -107,7 +108,7 @@ def known_entries(target: Array, *, mask: Array | None, sample_weight: Array | N
     if mask is not None:
         known = known & mask
     if sample_weight is not None:  # a removed sample may have an infinite prediction, and 0 * inf is NaN too
-        known = known & xp.reshape(sample_weight > 0, (-1, 1, 1))
+        known = known & (_weight_of_entries(sample_weight, xp) > 0)
     return known
 
 
@@ -116,7 +117,7 @@ def known_weight(target: Array, known: Array, *, sample_weight: Array | None, xp
     zeros = xp.zeros_like(target)
     ones = zeros + 1.0
     if sample_weight is not None:
-        ones = ones * xp.reshape(sample_weight, (-1, 1, 1))
+        ones = ones * _weight_of_entries(sample_weight, xp)
     return xp.sum(xp.where(known, ones, zeros))
 
 
@@ -133,7 +134,8 @@ def matching_numerators(
 ) -> Array:
     """Weight times loss of the known entries, 0 for others; shape (batch, ...), for `reduce_terms` to sum.
 
-    `scale` may also be (batch, n_outputs, n_inputs) and `threshold` (batch, n_outputs), for rows that differ by sample.
+    `scale` may also be (batch, n_outputs, n_inputs) and `threshold` (batch, n_outputs), for rows that differ by sample;
+    `sample_weight` is (batch,) or of the shape of `predicted`.
     `known` comes from `known_entries`; None says that all entries are known, which saves passes over them.
     """
     if known is None:
@@ -155,7 +157,9 @@ def matching_numerators(
     else:
         entries = xp.square(residual)
     # Summed here only where it saves a pass: most calls need a single sum over everything, in `reduce_terms`.
-    return entries if sample_weight is None else sample_weight * xp.sum(entries, axis=(1, 2))
+    if sample_weight is None:
+        return entries
+    return sample_weight * (entries if _per_entry(sample_weight) else xp.sum(entries, axis=(1, 2)))
 
 
 def reduce_terms(numerators: Array, known: Array | float, *, reduction: str, factor: float = 1.0, xp: Any) -> Array:
@@ -219,3 +223,11 @@ def check_non_negative(name: str, value: float) -> float:
 
 def _shape(array: Array) -> tuple[int, ...]:
     return tuple(getattr(array, "shape", ()))
+
+
+def _per_entry(sample_weight: Array | None) -> bool:
+    return len(_shape(sample_weight)) > 1
+
+
+def _weight_of_entries(sample_weight: Array, xp: Any) -> Array:
+    return sample_weight if _per_entry(sample_weight) else xp.reshape(sample_weight, (-1, 1, 1))
