@@ -1,0 +1,113 @@
+"""How a population gets into `fit`: in the place of the model's compiled training function, as long as a fit lasts."""
+
+from typing import Any
+
+import keras
+
+from gradwise._population import Population
+from gradwise_keras._backend import BACKEND, outside_graph, patched
+from gradwise_keras._population_step import Members
+from gradwise_keras._selection import Perturb, perturbed
+from gradwise_keras._stateful_step import SavedWeights, stateful_step
+from gradwise_keras._stateless_step import stateless_step
+
+__all__ = ["PopulationFunction", "check_trainer"]
+
+
+class PopulationFunction:
+    """Stands in ``model.train_function`` and runs Keras's own training function around the population's step.
+
+    Nothing else of the model is replaced, except ``train_step`` while the function runs. A call that no
+    ``on_train_batch_begin`` announced comes from a fit without the callback, after one that broke off: it puts the
+    plain function back.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled, with a training function.
+    population : Population
+    perturb : callable or None
+        See `PopulationCallback`.
+    sharded : bool
+    """
+
+    def __init__(self, model: Any, population: Population, perturb: Perturb | None, *, sharded: bool) -> None:
+        self.plain = plain_function(model)
+        self.expected = False
+        self._model, self._population, self._perturb, self._sharded = model, population, perturb, sharded
+        self._inner = model.train_step
+        self._saved: SavedWeights | None = None
+        self._step: Any = None
+        if model.built:
+            with outside_graph(model):
+                self._prepare()
+        with patched(model, train_step=self._train_step):
+            model.make_train_function(force=True)
+        self._function = model.train_function
+        model.train_function = self.plain
+
+    def belongs_to(self, model: Any) -> bool:
+        """Whether this was made for the model as it is compiled now."""
+        return self._model is model and self.plain is plain_function(model)
+
+    def install(self) -> None:
+        """Take the place of the plain function."""
+        self._model.train_function = self
+
+    def remove(self) -> None:
+        """Put the plain function back, if this one is still there."""
+        if self._model.train_function is self:
+            self._model.train_function = self.plain
+
+    def __call__(self, *args: Any) -> Any:
+        """One execution: the arguments and results of Keras's function."""
+        if not self.expected:
+            self.remove()
+            return self.plain(*args)
+        self.expected = False
+        try:
+            with patched(self._model, train_step=self._train_step):
+                return self._function(*args)
+        except BaseException:
+            if self._saved is not None:
+                self._saved.rescue()
+            raise
+
+    def _train_step(self, *args: Any) -> Any:
+        if self._step is None:  # TensorFlow builds models in the first trace
+            self._model._symbolic_build(data_batch=args[-1])
+            with outside_graph(self._model):
+                self._prepare()
+        return self._step(*args)
+
+    def _prepare(self) -> None:
+        model = self._model
+        chosen = perturbed(model.trainable_variables, self._perturb)
+        variables = [model.trainable_variables[index] for index in chosen]
+        members = Members(
+            self._population, variables, chosen, metrics=model.metrics_variables, sharded=self._sharded
+        )
+        if BACKEND == "jax":
+            self._step = stateless_step(model, self._inner, members, chosen)
+        else:
+            self._saved = SavedWeights(variables)
+            self._step = stateful_step(model, self._inner, members, self._saved)
+
+
+def plain_function(model: Any) -> Any:
+    """The training function of a model without a population, also after a fit with one that broke off."""
+    function = model.train_function
+    return function.plain if isinstance(function, PopulationFunction) else function
+
+
+def check_trainer(model: Any) -> None:
+    """Raise if a model cannot be trained with a population."""
+    if getattr(model, "optimizer", None) is None:
+        msg = "`model` must be compiled with an optimizer to use PopulationCallback. Received: optimizer=None"
+        raise ValueError(msg)
+    if BACKEND == "jax" and keras.config.is_nnx_enabled():
+        msg = (
+            "PopulationCallback cannot replace the training step of a model on JAX while NNX is enabled. Call "
+            "`keras.config.set_nnx_enabled(False)`, or wrap the optimizer in gradwise.keras.PopulationGradient"
+        )
+        raise RuntimeError(msg)

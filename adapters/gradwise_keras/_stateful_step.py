@@ -1,0 +1,149 @@
+"""The population's training step on TensorFlow and torch, where weights are moved in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from gradwise_keras._backend import BACKEND, assign_here, dense, no_gradients, rewound
+from gradwise_keras._population_step import Members, Outcome, State
+from gradwise_keras._training_step import Tap, counter_of, metrics_result, tapped
+
+__all__ = ["SavedWeights", "stateful_step"]
+
+
+class SavedWeights:
+    """The mean weights while a member is in place.
+
+    On TensorFlow they are kept in variables too: a compiled step that breaks off cannot clean up after itself.
+
+    Parameters
+    ----------
+    variables : list of Variable
+        The weights that move.
+    """
+
+    def __init__(self, variables: list[Any]) -> None:
+        self.variables = variables
+        self._saved: list[Any] = []
+        self._moved = None
+        if BACKEND == "tensorflow":
+            self._saved = [
+                keras.Variable("zeros", shape=variable.shape, dtype=variable.dtype, trainable=False)
+                for variable in variables
+            ]
+            self._moved = keras.Variable("zeros", shape=(), dtype="int32", trainable=False)
+
+    def save(self) -> list[Any]:
+        """Take and return the mean."""
+        means = [ops.copy(variable.value) for variable in self.variables]
+        if self._moved is not None:
+            for saved, mean in zip(self._saved, means, strict=True):
+                assign_here(saved, mean)
+            assign_here(self._moved, ops.ones((), "int32"))
+        return means
+
+    def restore(self, means: list[Any]) -> None:
+        """Bring the mean back, bit for bit."""
+        with no_gradients():
+            for variable, mean in zip(self.variables, means, strict=True):
+                assign_here(variable, mean)
+        if self._moved is not None:
+            assign_here(self._moved, ops.zeros((), "int32"))
+
+    def rescue(self) -> None:
+        """On the host, after a compiled step that raised: bring the mean back if a member was left in place."""
+        if self._moved is not None and int(self._moved.value):
+            for variable, saved in zip(self.variables, self._saved, strict=True):
+                variable.assign(saved.value)
+            self._moved.assign(0)
+
+
+class _Updates(keras.StatelessScope):
+    """Keeps what is assigned to variables, instead of assigning it."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state_mapping=list(state.values()))
+        self.state: State = {}
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        variable, value = update
+        super().add_update(update)
+        self.state[id(variable)] = variable, value
+
+
+def stateful_step(
+    model: Any, inner: Callable[[Any], dict[str, Any]], members: Members, saved: SavedWeights
+) -> Callable[[Any], dict[str, Any]]:
+    """The training step that takes the place of `inner`, the model's own.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A compiled model.
+    inner : callable
+        Its ``train_step``.
+    members : Members
+        The population over ``saved.variables``.
+    saved : SavedWeights
+        Looks after the weights.
+    """
+    trainable = {id(variable) for variable in model.trainable_variables}
+
+    def step(data: Any) -> dict[str, Any]:
+        streams = rewound()
+        taps: list[Tap] = []
+
+        def run(weights: list[Any], part: Any, state: State) -> Outcome:
+            if taps and streams is not None:
+                streams.rewind()
+            with no_gradients():
+                for variable, value in zip(saved.variables, weights, strict=True):
+                    assign_here(variable, value)
+            with _Updates(state) as scope, tapped(model) as tap:
+                logs = inner(part)
+            taps.append(tap)
+            _check_no_weight(scope.state, trainable)
+            with no_gradients():
+                return Outcome(logs, [dense(gradient) for gradient in tap.collected()], tap.loss, scope.state)
+
+        with no_gradients():
+            counter = ops.copy(counter_of(model.optimizer).value)
+            means = saved.save()
+        try:
+            combined = _without_graph(members, counter, means, data, run)
+        finally:
+            saved.restore(means)
+        with no_gradients():
+            for variable, value in combined.state.values():
+                variable.assign(value)
+            model.optimizer.apply(combined.gradients, taps[-1].variables)
+            return metrics_result(model, combined.logs)
+
+    return step
+
+
+def _without_graph(members: Members, counter: Any, means: list[Any], data: Any, run: Any) -> Outcome:
+    if BACKEND != "torch":
+        return members.step(counter, means, data, run)
+    import torch
+
+    def recording(*args: Any) -> Outcome:
+        with torch.enable_grad():
+            outcome = run(*args)
+        loss = None if outcome.loss is None else outcome.loss.detach()
+        return outcome._replace(loss=loss)
+
+    with torch.no_grad():
+        return members.step(counter, means, data, recording)
+
+
+def _check_no_weight(state: State, trainable: set[int]) -> None:
+    written = [variable.path for key, (variable, _) in state.items() if key in trainable]
+    if written:
+        msg = (
+            "`train_step` must leave trainable weights to `model.optimizer` to be run by PopulationCallback (use "
+            f"`constraint` to clip weights). Received: a step that assigns to {', '.join(written)}"
+        )
+        raise ValueError(msg)

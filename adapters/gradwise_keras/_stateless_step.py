@@ -1,0 +1,62 @@
+"""The population's training step on JAX, where the model's step is a function of its state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from gradwise_keras._population_step import Members, Outcome, State
+from gradwise_keras._training_step import counter_of, metrics_result, tapped
+
+__all__ = ["stateless_step"]
+
+Step = Callable[[tuple[Any, ...], Any], tuple[dict[str, Any], tuple[Any, ...]]]
+
+
+def stateless_step(model: Any, inner: Step, members: Members, chosen: list[int]) -> Step:
+    """The training step that takes the place of `inner`, the model's own.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A compiled and built model.
+    inner : callable
+        Its ``train_step``: ``(state, data) -> (logs, state)``.
+    members : Members
+        The population.
+    chosen : list of int
+        Which of the model's trainable variables it is over.
+    """
+    counter = next(i for i, v in enumerate(model.optimizer.variables) if v is counter_of(model.optimizer))
+
+    def step(state: tuple[Any, ...], data: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        trainable, non_trainable, optimizer, metrics = state
+        others = [*model.non_trainable_variables, *model.metrics_variables]
+        start = {id(variable): value for variable, value in zip(others, [*non_trainable, *metrics], strict=True)}
+
+        def values(changed: State) -> list[list[Any]]:
+            now = [changed[id(v)][1] if id(v) in changed else start[id(v)] for v in others]
+            return [now[: len(non_trainable)], now[len(non_trainable) :]]
+
+        def run(weights: list[Any], part: Any, changed: State) -> Outcome:
+            moved = list(trainable)
+            for index, value in zip(chosen, weights, strict=True):
+                moved[index] = value
+            before, counts = values(changed)
+            with tapped(model) as tap:
+                logs, (_, after, _, counted) = inner((moved, before, optimizer, counts), part)
+            new = {
+                id(variable): (variable, value)
+                for variable, value, old in zip(others, [*after, *counted], [*before, *counts], strict=True)
+                if value is not old
+            }
+            return Outcome(logs, tap.collected(), tap.loss, new)
+
+        combined = members.step(optimizer[counter], [trainable[index] for index in chosen], data, run)
+        weights, optimizer = model.optimizer.stateless_apply(optimizer, combined.gradients, trainable)
+        non_trainable, metrics = values(combined.state)
+        with keras.StatelessScope(state_mapping=list(zip(model.metrics_variables, metrics, strict=True))):
+            logs = metrics_result(model, combined.logs)
+        return logs, (weights, non_trainable, optimizer, metrics)
+
+    return step
