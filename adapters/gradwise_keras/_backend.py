@@ -1,13 +1,27 @@
 """What the three backends of Keras do differently, as far as moving weights is concerned."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import keras
 import numpy as np
 
-__all__ = ["WORD", "as_word", "assign_here", "dense", "no_gradients", "outside_graph", "patched", "rewound"]
+__all__ = [
+    "BACKEND",
+    "WORD",
+    "TorchStreams",
+    "as_word",
+    "assign_here",
+    "dense",
+    "detached",
+    "gradients",
+    "loop",
+    "loops_slowly",
+    "no_gradients",
+    "outside_graph",
+    "patched",
+]
 
 BACKEND = keras.backend.backend()
 
@@ -51,13 +65,49 @@ def dense(gradient: Any) -> Any:
     return gradient
 
 
+def loops_slowly() -> bool:
+    """Whether a compiled loop runs much slower than its iterations written out: XLA's convolutions on CPUs, 8 times."""
+    if BACKEND != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
+def loop(begin: int, end: int, body: Callable[[Any, Any], Any], carry: Any, *, unroll: bool) -> Any:
+    """``carry = body(i, carry)`` for i from `begin` to `end`, compiled once where the backend compiles."""
+    if unroll or BACKEND == "torch" or end - begin < 2:
+        for i in range(begin, end):
+            carry = body(i, carry)
+        return carry
+    if BACKEND == "jax":
+        return keras.ops.fori_loop(begin, end, body, carry)
+    import tensorflow as tf
+
+    # One at a time: the body moves weights in place.
+    variables = tf.constant(begin), carry
+    return tf.while_loop(
+        lambda i, _: i < end, lambda i, carry: (i + 1, body(i, carry)), variables, parallel_iterations=1
+    )[1]
+
+
 def no_gradients() -> AbstractContextManager[Any]:
     """Where torch records no graph."""
-    if BACKEND == "torch":
-        import torch
+    return gradients(enabled=False)
 
-        return torch.no_grad()
-    return nullcontext()
+
+def gradients(*, enabled: bool = True) -> AbstractContextManager[Any]:
+    """Where torch records a graph, or not."""
+    if BACKEND != "torch":
+        return nullcontext()
+    import torch
+
+    return torch.set_grad_enabled(enabled)
+
+
+def detached(value: Any) -> Any:
+    """`value` without torch's graph."""
+    return value.detach() if hasattr(value, "detach") else value
 
 
 def outside_graph(model: Any) -> AbstractContextManager[Any]:
@@ -88,13 +138,20 @@ def patched(target: Any, **attributes: Any) -> Iterator[None]:
                 object.__delattr__(target, name)
 
 
-def rewound() -> Any:
-    """Torch's random streams, which dropout without a seed draws from, to be rewound; None on other backends."""
-    if BACKEND != "torch":
-        return None
-    import torch
+class TorchStreams:
+    """Where torch's random streams stand, from which dropout without a seed draws; nothing on other backends."""
 
-    from gradwise_torch._random import RandomStreams
+    def __init__(self) -> None:
+        self._streams: Any = None
+        if BACKEND == "torch":
+            import torch
 
-    devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
-    return RandomStreams(devices, only_torch=True)
+            from gradwise_torch._random import RandomStreams
+
+            devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
+            self._streams = RandomStreams(devices, only_torch=True)
+
+    def rewind(self) -> None:
+        """Go back to there."""
+        if self._streams is not None:
+            self._streams.rewind()

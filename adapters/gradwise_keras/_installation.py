@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from gradwise._population import Population
-from gradwise_keras._backend import BACKEND, outside_graph, patched
+from gradwise_keras._backend import BACKEND, loops_slowly, outside_graph, patched
 from gradwise_keras._population_step import Members
 from gradwise_keras._selection import Perturb, perturbed
 from gradwise_keras._stateful_step import SavedWeights, stateful_step
@@ -85,7 +85,12 @@ class PopulationFunction:
         chosen = perturbed(model.trainable_variables, self._perturb)
         variables = [model.trainable_variables[index] for index in chosen]
         members = Members(
-            self._population, variables, chosen, metrics=model.metrics_variables, sharded=self._sharded
+            self._population,
+            variables,
+            chosen,
+            metrics=model.metrics_variables,
+            sharded=self._sharded,
+            unroll=model.run_eagerly or loops_slowly(),
         )
         if BACKEND == "jax":
             self._step = stateless_step(model, self._inner, members, chosen)

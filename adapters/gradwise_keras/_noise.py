@@ -46,7 +46,9 @@ class Noise:
         # Made outside of any step. A variable is what TensorFlow keeps one of on every device.
         self._first, self._second = as_word(pairs[..., 0]), as_word(pairs[..., 1])
         table = noise_table(population.noise)
-        self._table = keras.Variable(table, trainable=False) if BACKEND == "tensorflow" else ops.convert_to_tensor(table)
+        self._table = (
+            keras.Variable(table, trainable=False) if BACKEND == "tensorflow" else ops.convert_to_tensor(table)
+        )
         self.shapes = list(shapes)
         self._lengths = [[min(CHUNK, size - start) for start in range(0, size, CHUNK)] for size in sizes]
 

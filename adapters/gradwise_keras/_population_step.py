@@ -9,27 +9,31 @@ from keras import ops
 from gradwise._matching_scale import standard_deviation
 from gradwise._population import Population, check_sigma
 from gradwise._statistics import gradient_agreement, running_mean
+from gradwise_keras._backend import loop
 from gradwise_keras._noise import Noise
-from gradwise_keras._shards import Share, shares
+from gradwise_keras._shards import Share, Shares
 
 __all__ = ["AGREEMENT", "SPREAD", "Members", "Outcome", "State"]
 
 AGREEMENT = "population_agreement"
 SPREAD = "population_spread"
 
-State = dict[int, tuple[Any, Any]]
-"""Variables and values, by the variables' ids."""
+State = dict[int, Any]
+"""Values of variables, by the variables' ids."""
 
 
 class Outcome(NamedTuple):
-    """What one run of the model's training step, or the population's, came to."""
+    """What one run of the model's training step came to, or the mean over the members' runs."""
 
     logs: dict[str, Any]
     gradients: list[Any]
     loss: Any
-    """None if the step does not tell."""
+    """NaN if the step does not tell."""
     state: State
     """New values of what is no weight: metrics, statistics of normalisation layers, seeds."""
+
+
+Run = Callable[[list[Any], Any, State], Outcome]
 
 
 class Members:
@@ -47,6 +51,8 @@ class Members:
         State that counts rows.
     sharded : bool
         Whether members share out the batch.
+    unroll : bool
+        Whether the loop over members is Python's: slow to compile, but open to a debugger.
     """
 
     def __init__(
@@ -57,16 +63,15 @@ class Members:
         *,
         metrics: list[Any],
         sharded: bool,
+        unroll: bool,
     ) -> None:
-        self._population, self._sharded = population, sharded
+        self._population, self._sharded, self._unroll = population, sharded, unroll
         shapes = [tuple(int(n) for n in variable.shape) for variable in variables]
         streams = population.streams(population.size, paired=not sharded)
         self._noise = Noise(population, shapes, indices, streams=streams)
         self._metrics = {id(variable) for variable in metrics}
 
-    def step(
-        self, counter: Any, means: list[Any], data: Any, run: Callable[[list[Any], Any, State], Outcome]
-    ) -> Outcome:
+    def step(self, counter: Any, means: list[Any], data: Any, run: Run) -> Outcome:
         """Run every member, and combine gradients, state and logs.
 
         Parameters
@@ -82,95 +87,112 @@ class Members:
             for that in `state`; it must leave the optimizer alone and return its gradients.
         """
         unit = self._noise.at(counter).unit
-        scales = self._scales(counter, means)
-        combination = _Combination(self._chained)
-        for member, share in enumerate(shares(data, self._population.size, sharded=self._sharded)):
-            stream, sign = self._population.stream_of(member, paired=not self._sharded)
-            moved = [
-                ops.cast(_wide(mean) + sign * scale * ops.cast(noise, _wide(mean).dtype), mean.dtype)
-                for mean, scale, noise in zip(means, scales, unit(stream), strict=True)
-            ]
-            combination.add(run(moved, share.data, combination.carried), share)
-        return combination.outcome()
+        wides = [_wide(mean) for mean in means]
+        scales = self._scales(counter, wides)
 
-    def _scales(self, counter: Any, means: list[Any]) -> list[Any]:
+        def outcome_of(member: Any, part: Any, state: State) -> Outcome:
+            stream, sign = self._population.stream_of(member, paired=not self._sharded)
+            sign = ops.cast(sign, "float32")
+            moved = [
+                ops.cast(wide + scale * ops.cast(sign * noise, wide.dtype), mean.dtype)
+                for mean, wide, scale, noise in zip(means, wides, scales, unit(stream), strict=True)
+            ]
+            return run(moved, part, state)
+
+        shares = Shares(data, self._population.size, sharded=self._sharded)
+        share = shares.first()
+        first = outcome_of(0, share.data, {})
+        # Only gradients that there are go through the loop: a model may have variables without.
+        present = [index for index, gradient in enumerate(first.gradients) if gradient is not None]
+        mean = _Mean.of(first, present, share, shares.members)
+        for begin, end in shares.alike():
+
+            def add(member: Any, mean: _Mean, begin: int = begin) -> _Mean:
+                share = shares.of(member, begin)
+                carried = {key: value for key, value in mean.state.items() if self._chained(key, value)}
+                return mean.with_member(member, outcome_of(member, share.data, carried), present, share, carried)
+
+            mean = loop(begin, end, add, mean, unroll=self._unroll)
+        return mean.outcome(present, len(first.gradients))
+
+    def _scales(self, counter: Any, wides: list[Any]) -> list[Any]:
         sigma: Any = self._population.sigma
         if callable(sigma):
             sigma = sigma(counter)
         if not keras.ops.is_tensor(sigma):
             sigma = check_sigma(sigma)
-        return [self._population.scale_of(_wide(mean), sigma=sigma, filter_axis=-1, xp=ops) for mean in means]
+        return [self._population.scale_of(wide, sigma=sigma, filter_axis=-1, xp=ops) for wide in wides]
 
-    def _chained(self, variable: Any) -> bool:
+    def _chained(self, key: int, value: Any) -> bool:
         """Whether a member goes on from where the one before it left this.
 
         Members with rows of their own count them once and draw dropout masks of their own.
         """
-        return self._sharded and (id(variable) in self._metrics or not _is_float(variable))
+        return self._sharded and (key in self._metrics or not _is_float(value))
 
 
-class _Combination:
-    """Running means over the members so far."""
+class _Mean(NamedTuple):
+    """Means over the members so far, and what the statistics are made of; all of it can be carried through a loop."""
 
-    def __init__(self, chained: Callable[[Any], bool]) -> None:
-        self.carried: State = {}
-        self._chained = chained
-        self._state: State = {}
-        self._gradients: list[Any] = []
-        self._logs: dict[str, Any] = {}
-        self._losses: list[Any] = []
-        self._square_norms: list[Any] = []
-        self._sizes: list[Any] = []
+    gradients: list[Any]
+    logs: dict[str, Any]
+    state: State
+    losses: Any
+    """Of each member, like the following two: shape (members,)."""
+    square_norms: Any
+    sizes: Any
 
-    def add(self, outcome: Outcome, share: Share) -> None:
-        """Take in the next member."""
-        if not self._sizes:
-            self._gradients, self._logs = list(outcome.gradients), dict(outcome.logs)
-        else:
-            self._gradients = [
-                mean if gradient is None else running_mean(mean, gradient, _like(share.fraction, gradient))
-                for mean, gradient in zip(self._gradients, outcome.gradients, strict=True)
-            ]
-            self._logs = {
-                name: running_mean(self._logs[name], value, _like(share.fraction, value)) if _is_float(value) else value
-                for name, value in outcome.logs.items()
-            }
-        for key, (variable, value) in outcome.state.items():
-            self._state[key] = variable, self._combined(key, variable, value, share)
-            if self._chained(variable):
-                self.carried[key] = self._state[key]
-        self._losses.append(outcome.loss)
-        self._square_norms.append(_square_norm(outcome.gradients))
-        self._sizes.append(share.size)
+    @classmethod
+    def of(cls, first: Outcome, present: list[int], share: Share, members: int) -> "_Mean":
+        """The mean of one."""
+        gradients = [first.gradients[index] for index in present]
+        zeros = ops.zeros((members,), "float32")
+        statistics = (first.loss, _square_norm(gradients), share.size)
+        return cls(gradients, first.logs, first.state, *(_put(zeros, 0, value) for value in statistics))
 
-    def _combined(self, key: int, variable: Any, value: Any, share: Share) -> Any:
-        if key not in self._state:
-            return value
-        before = self._state[key][1]
-        if self._chained(variable):
-            return value if share.empty is False else ops.where(share.empty, before, value)
-        # Seeds and counters end where one plain step leaves them.
-        return running_mean(before, value, _like(share.fraction, value)) if _is_float(variable) else before
+    def with_member(self, member: Any, outcome: Outcome, present: list[int], share: Share, carried: State) -> "_Mean":
+        """The mean of one more."""
 
-    def outcome(self) -> Outcome:
-        """What the population's step came to."""
-        sizes = ops.stack([ops.cast(size, "float32") for size in self._sizes])
-        logs = dict(self._logs)
-        logs[AGREEMENT] = gradient_agreement(
-            _square_norm(self._gradients), ops.stack(self._square_norms), sizes=sizes, xp=ops
+        def mean(before: Any, value: Any) -> Any:
+            if not _is_float(value):  # seeds and counters end where one plain step leaves them
+                return before
+            size, so_far = (ops.cast(count, value.dtype) for count in (share.size, share.so_far))
+            return running_mean(before, value, size / so_far)
+
+        def combined(key: int, value: Any) -> Any:
+            before = self.state.get(key, value)
+            if key in carried:
+                return value if isinstance(share.size, int) else ops.where(share.size > 0, value, before)
+            return mean(before, value)
+
+        gradients = [outcome.gradients[index] for index in present]
+        return _Mean(
+            [mean(before, gradient) for before, gradient in zip(self.gradients, gradients, strict=True)],
+            {name: mean(self.logs[name], value) for name, value in outcome.logs.items()},
+            {**self.state, **{key: combined(key, value) for key, value in outcome.state.items()}},
+            _put(self.losses, member, outcome.loss),
+            _put(self.square_norms, member, _square_norm(gradients)),
+            _put(self.sizes, member, share.size),
         )
-        losses = [loss for loss in self._losses if loss is not None]
-        logs[SPREAD] = (
-            standard_deviation(ops.stack([ops.cast(loss, "float32") for loss in losses]), xp=ops)
-            if losses
-            else ops.convert_to_tensor(float("nan"))
+
+    def outcome(self, present: list[int], count: int) -> Outcome:
+        """What the population's step came to, with what its members say of each other in the logs."""
+        gradients: list[Any] = [None] * count
+        for index, gradient in zip(present, self.gradients, strict=True):
+            gradients[index] = gradient
+        agreement = gradient_agreement(_square_norm(self.gradients), self.square_norms, sizes=self.sizes, xp=ops)
+        spread = standard_deviation(self.losses, xp=ops)
+        return Outcome(
+            {**self.logs, AGREEMENT: agreement, SPREAD: spread}, gradients, ops.mean(self.losses), self.state
         )
-        return Outcome(logs, self._gradients, None, self._state)
 
 
-def _is_float(values: Any) -> bool:
-    dtype = getattr(values, "dtype", None)
-    return dtype is not None and keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype))
+def _put(values: Any, index: Any, value: Any) -> Any:
+    return ops.where(ops.arange(values.shape[0]) == index, ops.cast(value, values.dtype), values)
+
+
+def _is_float(value: Any) -> bool:
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
 
 
 def _wide(values: Any) -> Any:
@@ -178,10 +200,6 @@ def _wide(values: Any) -> Any:
     return values if keras.backend.standardize_dtype(values.dtype) == "float64" else ops.cast(values, "float32")
 
 
-def _like(fraction: Any, values: Any) -> Any:
-    return ops.cast(fraction, values.dtype) if ops.is_tensor(fraction) else fraction
-
-
 def _square_norm(gradients: list[Any]) -> Any:
-    squares = [ops.sum(ops.square(_wide(gradient))) for gradient in gradients if gradient is not None]
-    return ops.cast(sum(squares[1:], squares[0]) if squares else 0.0, "float32")
+    squares = [ops.cast(ops.sum(ops.square(_wide(gradient))), "float32") for gradient in gradients]
+    return sum(squares[1:], squares[0]) if squares else ops.zeros(())

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops, tree
 
-__all__ = ["Share", "shares"]
+__all__ = ["Share", "Shares"]
 
 
 class Share(NamedTuple):
@@ -14,35 +14,65 @@ class Share(NamedTuple):
     data: Any
     size: Any
     """How much the member counts: 1, or its number of rows."""
-    fraction: Any
-    """`size` as a part of the sizes so far."""
-
-    @property
-    def empty(self) -> Any:
-        """Whether there are fewer rows than members and this one gets none (but sees one, to have finite gradients)."""
-        return False if isinstance(self.size, int) else self.size == 0
+    so_far: Any
+    """The same of all members up to this one."""
 
 
-def shares(data: Any, members: int, *, sharded: bool) -> Iterator[Share]:
-    """The batch for each of at most `members` members; the first one's fraction is the number 1.
+class Shares:
+    """How the batch goes to at most `members` members.
 
-    Rows are shared out in order, sizes equal or one apart, large ones first.
+    Rows are shared out in order, sizes equal or one apart, large ones first. Where their number is known only in the
+    graph, there may be fewer than members; those that get none see one, to have finite gradients, and count 0.
+
+    Parameters
+    ----------
+    data : tree of tensors
+        The batch.
+    members : int
+    sharded : bool
+        Whether its rows are shared out.
     """
-    if not sharded:
-        for member in range(members):
-            yield Share(data, 1, 1 / (member + 1))
-        return
-    rows = _rows(data)
-    if isinstance(rows, int):
-        members = min(members, rows)
-    for member in range(members):
-        # Rounded up, so that the first member always has rows, also where their number is known only in the graph.
-        begin, end = (-(-rows * i // members) for i in (member, member + 1))
-        size = end - begin
-        if not isinstance(rows, int):
-            begin, end = ops.minimum(begin, rows - 1), ops.maximum(end, ops.minimum(begin, rows - 1) + 1)
-        part = tree.map_structure(lambda leaf, b=begin, e=end: None if leaf is None else leaf[b:e], data)
-        yield Share(part, size, 1 if member == 0 else size / end)
+
+    def __init__(self, data: Any, members: int, *, sharded: bool) -> None:
+        self._data, self._sharded = data, sharded
+        self._rows = _rows(data) if sharded else members
+        self.members = min(members, self._rows) if isinstance(self._rows, int) else members
+
+    def first(self) -> Share:
+        """What member 0 sees, which always has rows."""
+        if not self._sharded:
+            return Share(self._data, 1, 1)
+        size = -(-self._rows // self.members)
+        return Share(self._part(0, size), size, size)
+
+    def alike(self) -> Iterator[tuple[int, int]]:
+        """Ranges of the other members whose shares have one shape."""
+        large = self._rows % self.members if isinstance(self._rows, int) else 0
+        edges = [1, max(large, 1), self.members]
+        return ((begin, end) for begin, end in zip(edges, edges[1:], strict=False) if begin < end)
+
+    def of(self, member: Any, begin: int) -> Share:
+        """What a member after the first sees; it may be a tensor, in the range that begins with `begin`."""
+        if not self._sharded:
+            return Share(self._data, 1, member + 1)
+        if isinstance(self._rows, int):
+            size, large = divmod(self._rows, self.members)
+            size += begin < large
+            start = member * size + (0 if begin < large else large)
+            return Share(self._part(start, size), size, start + size)
+        start, stop = (-(-self._rows * i // self.members) for i in (member, member + 1))
+        seen = ops.minimum(start, self._rows - 1)
+        return Share(self._part(seen, ops.maximum(stop, seen + 1) - seen), stop - start, stop)
+
+    def _part(self, start: Any, size: Any) -> Any:
+        def rows_of(leaf: Any) -> Any:
+            if leaf is None:
+                return None
+            if isinstance(start, int) or not isinstance(size, int):
+                return leaf[start : start + size]
+            return ops.slice(leaf, [start] + [0] * (len(leaf.shape) - 1), [size, *leaf.shape[1:]])
+
+        return tree.map_structure(rows_of, self._data)
 
 
 def _rows(data: Any) -> Any:

@@ -6,9 +6,17 @@ from typing import Any
 import keras
 from keras import ops
 
-from gradwise_keras._backend import BACKEND, assign_here, dense, no_gradients, rewound
+from gradwise_keras._backend import (
+    BACKEND,
+    TorchStreams,
+    assign_here,
+    dense,
+    detached,
+    gradients,
+    no_gradients,
+)
 from gradwise_keras._population_step import Members, Outcome, State
-from gradwise_keras._training_step import Tap, counter_of, metrics_result, tapped
+from gradwise_keras._training_step import Tap, as_tensors, counter_of, metrics_result, tapped
 
 __all__ = ["SavedWeights", "stateful_step"]
 
@@ -46,9 +54,8 @@ class SavedWeights:
 
     def restore(self, means: list[Any]) -> None:
         """Bring the mean back, bit for bit."""
-        with no_gradients():
-            for variable, mean in zip(self.variables, means, strict=True):
-                assign_here(variable, mean)
+        for variable, mean in zip(self.variables, means, strict=True):
+            assign_here(variable, mean)
         if self._moved is not None:
             assign_here(self._moved, ops.zeros((), "int32"))
 
@@ -61,16 +68,26 @@ class SavedWeights:
 
 
 class _Updates(keras.StatelessScope):
-    """Keeps what is assigned to variables, instead of assigning it."""
+    """Keeps what is assigned to variables, instead of assigning it.
 
-    def __init__(self, state: State) -> None:
-        super().__init__(state_mapping=list(state.values()))
+    Parameters
+    ----------
+    start : State
+        What some variables are taken to be.
+    variables : dict
+        Collects the variables that are assigned to, by id.
+    """
+
+    def __init__(self, start: State, variables: dict[int, Any]) -> None:
+        super().__init__(state_mapping=[(variables[key], value) for key, value in start.items()])
         self.state: State = {}
+        self._variables = variables
 
     def add_update(self, update: tuple[Any, Any]) -> None:
-        variable, value = update
         super().add_update(update)
-        self.state[id(variable)] = variable, value
+        variable, value = update
+        self.state[id(variable)] = value
+        self._variables[id(variable)] = variable
 
 
 def stateful_step(
@@ -92,55 +109,36 @@ def stateful_step(
     trainable = {id(variable) for variable in model.trainable_variables}
 
     def step(data: Any) -> dict[str, Any]:
-        streams = rewound()
+        streams = TorchStreams()
+        assigned: dict[int, Any] = {}
         taps: list[Tap] = []
 
-        def run(weights: list[Any], part: Any, state: State) -> Outcome:
-            if taps and streams is not None:
-                streams.rewind()
-            with no_gradients():
-                for variable, value in zip(saved.variables, weights, strict=True):
-                    assign_here(variable, value)
-            with _Updates(state) as scope, tapped(model) as tap:
+        def run(weights: list[Any], part: Any, start: State) -> Outcome:
+            streams.rewind()
+            for variable, value in zip(saved.variables, weights, strict=True):
+                assign_here(variable, value)
+            with _Updates(start, assigned) as scope, tapped(model) as tap, gradients():
                 logs = inner(part)
             taps.append(tap)
-            _check_no_weight(scope.state, trainable)
-            with no_gradients():
-                return Outcome(logs, [dense(gradient) for gradient in tap.collected()], tap.loss, scope.state)
+            _check_no_weight([assigned[key].path for key in scope.state if key in trainable])
+            return Outcome(as_tensors(logs), [dense(g) for g in tap.collected()], detached(tap.loss), scope.state)
 
         with no_gradients():
             counter = ops.copy(counter_of(model.optimizer).value)
             means = saved.save()
-        try:
-            combined = _without_graph(members, counter, means, data, run)
-        finally:
-            saved.restore(means)
-        with no_gradients():
-            for variable, value in combined.state.values():
-                variable.assign(value)
-            model.optimizer.apply(combined.gradients, taps[-1].variables)
-            return metrics_result(model, combined.logs)
+            try:
+                mean = members.step(counter, means, data, run)
+            finally:
+                saved.restore(means)
+            for key, value in mean.state.items():
+                assigned[key].assign(value)
+            model.optimizer.apply(mean.gradients, taps[0].variables)
+            return metrics_result(model, mean.logs)
 
     return step
 
 
-def _without_graph(members: Members, counter: Any, means: list[Any], data: Any, run: Any) -> Outcome:
-    if BACKEND != "torch":
-        return members.step(counter, means, data, run)
-    import torch
-
-    def recording(*args: Any) -> Outcome:
-        with torch.enable_grad():
-            outcome = run(*args)
-        loss = None if outcome.loss is None else outcome.loss.detach()
-        return outcome._replace(loss=loss)
-
-    with torch.no_grad():
-        return members.step(counter, means, data, recording)
-
-
-def _check_no_weight(state: State, trainable: set[int]) -> None:
-    written = [variable.path for key, (variable, _) in state.items() if key in trainable]
+def _check_no_weight(written: list[str]) -> None:
     if written:
         msg = (
             "`train_step` must leave trainable weights to `model.optimizer` to be run by PopulationCallback (use "

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from gradwise_keras._population_step import Members, Outcome, State
-from gradwise_keras._training_step import counter_of, metrics_result, tapped
+from gradwise_keras._training_step import as_tensors, counter_of, metrics_result, tapped
 
 __all__ = ["stateless_step"]
 
@@ -34,9 +34,9 @@ def stateless_step(model: Any, inner: Step, members: Members, chosen: list[int])
         others = [*model.non_trainable_variables, *model.metrics_variables]
         start = {id(variable): value for variable, value in zip(others, [*non_trainable, *metrics], strict=True)}
 
-        def values(changed: State) -> list[list[Any]]:
-            now = [changed[id(v)][1] if id(v) in changed else start[id(v)] for v in others]
-            return [now[: len(non_trainable)], now[len(non_trainable) :]]
+        def values(changed: State) -> tuple[list[Any], list[Any]]:
+            now = [changed.get(id(variable), start[id(variable)]) for variable in others]
+            return now[: len(non_trainable)], now[len(non_trainable) :]
 
         def run(weights: list[Any], part: Any, changed: State) -> Outcome:
             moved = list(trainable)
@@ -46,17 +46,17 @@ def stateless_step(model: Any, inner: Step, members: Members, chosen: list[int])
             with tapped(model) as tap:
                 logs, (_, after, _, counted) = inner((moved, before, optimizer, counts), part)
             new = {
-                id(variable): (variable, value)
+                id(variable): value
                 for variable, value, old in zip(others, [*after, *counted], [*before, *counts], strict=True)
                 if value is not old
             }
-            return Outcome(logs, tap.collected(), tap.loss, new)
+            return Outcome(as_tensors(logs), tap.collected(), tap.loss, new)
 
-        combined = members.step(optimizer[counter], [trainable[index] for index in chosen], data, run)
-        weights, optimizer = model.optimizer.stateless_apply(optimizer, combined.gradients, trainable)
-        non_trainable, metrics = values(combined.state)
+        mean = members.step(optimizer[counter], [trainable[index] for index in chosen], data, run)
+        weights, optimizer = model.optimizer.stateless_apply(optimizer, mean.gradients, trainable)
+        non_trainable, metrics = values(mean.state)
         with keras.StatelessScope(state_mapping=list(zip(model.metrics_variables, metrics, strict=True))):
-            logs = metrics_result(model, combined.logs)
+            logs = metrics_result(model, mean.logs)
         return logs, (weights, non_trainable, optimizer, metrics)
 
     return step

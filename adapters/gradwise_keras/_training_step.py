@@ -1,14 +1,16 @@
 """The model's own training step, run for its gradients: the optimizer only listens, and state is collected."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+from keras import ops
 
 from gradwise_keras._backend import patched
 
-__all__ = ["Tap", "counter_of", "metrics_result", "tapped"]
+__all__ = ["Tap", "as_tensors", "counter_of", "metrics_result", "tapped"]
 
 
 class Tap:
@@ -17,7 +19,7 @@ class Tap:
     def __init__(self) -> None:
         self.gradients: list[Any] | None = None
         self.variables: Any = None
-        self.loss: Any = None
+        self.loss: Any = math.nan
 
     def collect(self, gradients: Any, variables: Any = None) -> None:
         """Stand in for ``optimizer.apply``."""
@@ -76,6 +78,11 @@ def counter_of(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner_optimizer"):  # LossScaleOptimizer's own stands still
         optimizer = optimizer.inner_optimizer
     return optimizer._iterations
+
+
+def as_tensors(logs: dict[str, Any]) -> dict[str, Any]:
+    """Logs that can be averaged: a training step may also log Python's numbers."""
+    return {name: ops.convert_to_tensor(value) for name, value in logs.items()}
 
 
 def metrics_result(model: Any, logs: dict[str, Any]) -> dict[str, Any]:

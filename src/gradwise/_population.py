@@ -130,7 +130,8 @@ class Population:
             return size
         ndim = len(weights.shape)
         if self.scale == "rms" or ndim == 0:
-            return size * (xp.linalg.norm(weights) / math.sqrt(max(1, math.prod(weights.shape))))
+            flat = xp.reshape(weights, (-1,))  # keras.ops' norm on TensorFlow knows two axes at most
+            return size * (xp.linalg.norm(flat) / math.sqrt(max(1, math.prod(weights.shape))))
         axes = tuple(axis for axis in range(ndim) if axis != filter_axis % ndim)
         if not axes:  # one weight per filter; an empty tuple of axes means "all of them" to torch
             return size * xp.abs(weights)
