@@ -19,11 +19,14 @@ __all__ = [
     "loop",
     "loops_slowly",
     "no_gradients",
+    "ops",
     "outside_graph",
     "patched",
 ]
 
-BACKEND = keras.backend.backend()
+BACKEND: str = keras.config.backend()
+
+ops: Any = keras.ops  # whose annotations allow None nearly everywhere
 
 # Arithmetic of 32-bit words needs 64 bits, or 32 without a sign: JAX has only those by default, the others only these.
 _WORD_DTYPE = "uint32" if BACKEND == "jax" else "int64"
@@ -32,9 +35,9 @@ WORD: Any = np.uint32(2**32 - 1) if BACKEND == "jax" else 2**32 - 1
 
 def as_word(values: Any) -> Any:
     """`values` in a type that ``gradwise._noise.window_draw`` can compute with."""
-    if keras.ops.is_tensor(values):
-        return keras.ops.cast(values, _WORD_DTYPE)
-    return keras.ops.convert_to_tensor(np.asarray(values).astype(_WORD_DTYPE))
+    if ops.is_tensor(values):
+        return ops.cast(values, _WORD_DTYPE)
+    return ops.convert_to_tensor(np.asarray(values).astype(_WORD_DTYPE))
 
 
 def assign_here(variable: Any, value: Any) -> None:
@@ -61,7 +64,8 @@ def dense(gradient: Any) -> Any:
         import tensorflow as tf
 
         if isinstance(gradient, tf.IndexedSlices):
-            return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, gradient.dense_shape[0])
+            rows: Any = gradient.dense_shape
+            return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows[0])
     return gradient
 
 
@@ -81,7 +85,7 @@ def loop(begin: int, end: int, body: Callable[[Any, Any], Any], carry: Any, *, u
             carry = body(i, carry)
         return carry
     if BACKEND == "jax":
-        return keras.ops.fori_loop(begin, end, body, carry)
+        return ops.fori_loop(begin, end, body, carry)
     import tensorflow as tf
 
     # One at a time: the body moves weights in place.

@@ -73,8 +73,8 @@ class PopulationCallback(keras.callbacks.Callback):
 
     Two entries join the logs, of the last step of each execution in between and as the mean of these for an epoch:
     ``population_agreement``, ``|mean g|^2 / mean |g|^2`` over the members' gradients, from 1 / members (independent) to
-    1 (equal); and ``population_spread``, the standard deviation (divided by n) of their losses, NaN for a ``train_step``
-    without a metric named "loss". With several replicas each sees its own rows.
+    1 (equal); and ``population_spread``, the standard deviation (divided by n) of their losses, NaN for a
+    ``train_step`` without a metric named "loss". With several replicas each sees its own rows.
 
     With sigma 0 the result equals plain `fit`, bit for bit where gradients are dense and kernels deterministic.
     TensorFlow's sparse gradients (embeddings) become dense. Stateful random operations of TensorFlow (not Keras's) in

@@ -38,6 +38,7 @@ class PopulationFunction:
         self._inner = model.train_step
         self._saved: SavedWeights | None = None
         self._step: Any = None
+        self._function: Any = None
         if model.built:
             with outside_graph(model):
                 self._prepare()

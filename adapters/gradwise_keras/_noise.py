@@ -6,11 +6,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from gradwise._noise import CHUNK, noise_table, window_draw, window_of
 from gradwise._population import Population
-from gradwise_keras._backend import BACKEND, WORD, as_word
+from gradwise_keras._backend import BACKEND, WORD, as_word, ops
 
 __all__ = ["Noise", "StepNoise"]
 

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
-from keras import ops
 
 from gradwise._matching_scale import standard_deviation
 from gradwise._population import Population, check_sigma
 from gradwise._statistics import gradient_agreement, running_mean
-from gradwise_keras._backend import loop
+from gradwise_keras._backend import loop, ops
 from gradwise_keras._noise import Noise
 from gradwise_keras._shards import Share, Shares
 
@@ -119,7 +118,7 @@ class Members:
         sigma: Any = self._population.sigma
         if callable(sigma):
             sigma = sigma(counter)
-        if not keras.ops.is_tensor(sigma):
+        if not ops.is_tensor(sigma):
             sigma = check_sigma(sigma)
         return [self._population.scale_of(wide, sigma=sigma, filter_axis=-1, xp=ops) for wide in wides]
 

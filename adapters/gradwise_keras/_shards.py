@@ -1,9 +1,12 @@
 """A batch for every member: the whole one, or its share of the rows."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from keras import ops, tree
+from keras import tree
+
+from gradwise_keras._backend import ops
 
 __all__ = ["Share", "Shares"]
 
@@ -49,7 +52,7 @@ class Shares:
         """Ranges of the other members whose shares have one shape."""
         large = self._rows % self.members if isinstance(self._rows, int) else 0
         edges = [1, max(large, 1), self.members]
-        return ((begin, end) for begin, end in zip(edges, edges[1:], strict=False) if begin < end)
+        return ((begin, end) for begin, end in pairwise(edges) if begin < end)
 
     def of(self, member: Any, begin: int) -> Share:
         """What a member after the first sees; it may be a tensor, in the range that begins with `begin`."""

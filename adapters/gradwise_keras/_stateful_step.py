@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
 
 from gradwise_keras._backend import (
     BACKEND,
@@ -14,6 +13,7 @@ from gradwise_keras._backend import (
     detached,
     gradients,
     no_gradients,
+    ops,
 )
 from gradwise_keras._population_step import Members, Outcome, State
 from gradwise_keras._training_step import Tap, as_tensors, counter_of, metrics_result, tapped

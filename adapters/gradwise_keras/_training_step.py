@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-from keras import ops
 
-from gradwise_keras._backend import patched
+from gradwise_keras._backend import ops, patched
 
 __all__ = ["Tap", "as_tensors", "counter_of", "metrics_result", "tapped"]
 
