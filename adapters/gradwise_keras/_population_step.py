@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import keras
 
 from gradwise._matching_scale import standard_deviation
-from gradwise._population import Population, check_sigma
+from gradwise._population import Population
 from gradwise._statistics import gradient_agreement, running_mean
 from gradwise_keras._backend import loop, ops
-from gradwise_keras._noise import Noise
+from gradwise_keras._perturbation import Perturbation, wide
 from gradwise_keras._shards import Share, Shares
 
 __all__ = ["AGREEMENT", "SPREAD", "Members", "Outcome", "State"]
@@ -64,10 +64,8 @@ class Members:
         sharded: bool,
         unroll: bool,
     ) -> None:
-        self._population, self._sharded, self._unroll = population, sharded, unroll
-        shapes = [tuple(int(n) for n in variable.shape) for variable in variables]
-        streams = population.streams(population.size, paired=not sharded)
-        self._noise = Noise(population, shapes, indices, streams=streams)
+        self._size, self._sharded, self._unroll = population.size, sharded, unroll
+        self._perturbation = Perturbation(population, variables, indices, paired=not sharded)
         self._metrics = {id(variable) for variable in metrics}
 
     def step(self, counter: Any, means: list[Any], data: Any, run: Run) -> Outcome:
@@ -85,22 +83,10 @@ class Members:
             ``run(weights, data, state)`` is the model's own training step at these weights, from its own state except
             for that in `state`; it must leave the optimizer alone and return its gradients.
         """
-        unit = self._noise.at(counter).unit
-        wides = [_wide(mean) for mean in means]
-        scales = self._scales(counter, wides)
-
-        def outcome_of(member: Any, part: Any, state: State) -> Outcome:
-            stream, sign = self._population.stream_of(member, paired=not self._sharded)
-            sign = ops.cast(sign, "float32")
-            moved = [
-                ops.cast(wide + scale * ops.cast(sign * noise, wide.dtype), mean.dtype)
-                for mean, wide, scale, noise in zip(means, wides, scales, unit(stream), strict=True)
-            ]
-            return run(moved, part, state)
-
-        shares = Shares(data, self._population.size, sharded=self._sharded)
+        weights_of = self._perturbation.at(counter, means)
+        shares = Shares(data, self._size, sharded=self._sharded)
         share = shares.first()
-        first = outcome_of(0, share.data, {})
+        first = run(weights_of(0), share.data, {})
         # Only gradients that there are go through the loop: a model may have variables without.
         present = [index for index, gradient in enumerate(first.gradients) if gradient is not None]
         mean = _Mean.of(first, present, share, shares.members)
@@ -109,18 +95,10 @@ class Members:
             def add(member: Any, mean: _Mean, begin: int = begin) -> _Mean:
                 share = shares.of(member, begin)
                 carried = {key: value for key, value in mean.state.items() if self._chained(key, value)}
-                return mean.with_member(member, outcome_of(member, share.data, carried), present, share, carried)
+                return mean.with_member(member, run(weights_of(member), share.data, carried), present, share, carried)
 
             mean = loop(begin, end, add, mean, unroll=self._unroll)
         return mean.outcome(present, len(first.gradients))
-
-    def _scales(self, counter: Any, wides: list[Any]) -> list[Any]:
-        sigma: Any = self._population.sigma
-        if callable(sigma):
-            sigma = sigma(counter)
-        if not ops.is_tensor(sigma):
-            sigma = check_sigma(sigma)
-        return [self._population.scale_of(wide, sigma=sigma, filter_axis=-1, xp=ops) for wide in wides]
 
     def _chained(self, key: int, value: Any) -> bool:
         """Whether a member goes on from where the one before it left this.
@@ -194,11 +172,6 @@ def _is_float(value: Any) -> bool:
     return keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
 
 
-def _wide(values: Any) -> Any:
-    """In float32 at least: squares of half precision overflow."""
-    return values if keras.backend.standardize_dtype(values.dtype) == "float64" else ops.cast(values, "float32")
-
-
 def _square_norm(gradients: list[Any]) -> Any:
-    squares = [ops.cast(ops.sum(ops.square(_wide(gradient))), "float32") for gradient in gradients]
+    squares = [ops.cast(ops.sum(ops.square(wide(gradient))), "float32") for gradient in gradients]
     return sum(squares[1:], squares[0]) if squares else ops.zeros(())
