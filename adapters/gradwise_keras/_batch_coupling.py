@@ -15,6 +15,7 @@ import keras
 
 __all__ = [
     "coupled_layers",
+    "kept_losses",
     "moving_statistics",
     "patched",
     "replayed",
@@ -68,6 +69,19 @@ def moving_statistics(layers: list[keras.layers.Layer]) -> Iterator[None]:
         for layer in layers:
             stack.enter_context(patched(layer, "call", _inference(layer.call)))
         yield
+
+
+@contextmanager
+def kept_losses(model: keras.Model) -> Iterator[None]:
+    """Keep what `add_loss` collected: a layer that is called again on its own forgets it."""
+    kept = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in model._flatten_layers()]
+    try:
+        yield
+    finally:
+        for layer, losses, ids in kept:
+            layer._losses[:] = losses
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
 
 
 @contextmanager

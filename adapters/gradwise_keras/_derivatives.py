@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -10,6 +9,7 @@ import keras
 
 from gradwise_keras._batch_coupling import (
     coupled_layers,
+    kept_losses,
     moving_statistics,
     replayed,
     state_before,
@@ -17,7 +17,7 @@ from gradwise_keras._batch_coupling import (
     warn_once,
     without_cudnn,
 )
-from gradwise_keras._vjp import Pullback, call_with_pullback
+from gradwise_keras._vjp import Pullback, call_with_pullback, random_streams
 
 __all__ = ["Linearization", "count_outputs", "linearize"]
 
@@ -98,18 +98,26 @@ def linearize(
     run = call or (lambda x: model(x, training=training) if model._call_has_training_arg else model(x))
     layers = coupled_layers(model) if training else []
     check = model not in _checked
+    two_passes = bool(layers) or not commit
+    streams = random_streams(x) if two_passes else None
     with without_cudnn(model):
         if layers:
             warn_once(model)
             before = state_before(model)
             values = check_output(run(x), x) if commit else None
-            with replayed(model, before, layers), moving_statistics(layers):
+            after = streams and random_streams(x)
+            if streams:
+                streams.rewind()
+            with kept_losses(model), replayed(model, before, layers), moving_statistics(layers):
                 pullback = call_with_pullback(run, x, model, collect_losses=False, check=check)
-            pullback = Pullback(pullback.outputs, pullback.pull_back, [])
+            pullback, streams = Pullback(pullback.outputs, pullback.pull_back, []), after
+        elif commit:
+            pullback, values = call_with_pullback(run, x, model, collect_losses=True, check=check), None
         else:
-            with nullcontext() if commit else unchanged(model):
-                pullback = call_with_pullback(run, x, model, collect_losses=commit, check=check)
-            values = None
+            with kept_losses(model), unchanged(model):
+                pullback, values = call_with_pullback(run, x, model, collect_losses=False, check=check), None
+    if streams:  # where one pass leaves them, or none
+        streams.rewind()
     outputs = check_output(pullback.outputs, x)
     _checked.add(model)
     return Linearization(

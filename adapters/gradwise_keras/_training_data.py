@@ -40,8 +40,8 @@ def fit_scales(
     ValueError
         If the data can be read only once, targets are missing or invalid, or a sample weight is negative.
     """
-    matchings = [matching for matching in matchings if matching.statistics is None]
-    if not matchings:
+    needed = [matching for matching in matchings if matching.statistics is None and matching.scale != "none"]
+    if not needed:
         return
     arguments = inspect.signature(fit).bind(*args, **kwargs).arguments
     x, y, sample_weight = (arguments.get(name) for name in ("x", "y", "sample_weight"))
@@ -69,7 +69,7 @@ def fit_scales(
     inputs, values, derivatives = (_array(array)[:n] for array in (x, targets["y"], targets["dydx"]))
     weight = sample_weight.get("dydx") if isinstance(sample_weight, dict) else sample_weight
     mask = None if weight is None else _mask(_array(weight)[:n], derivatives.shape)
-    for matching in matchings:
+    for matching in needed:
         matching.fit(inputs, values, derivatives, mask=mask)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-__all__ = ["Pullback", "call_with_pullback", "outside_compilation"]
+__all__ = ["Pullback", "call_with_pullback", "outside_compilation", "random_streams"]
 
 # A tensor of whichever backend runs; Keras has no static type for it.
 Tensor = Any
@@ -63,6 +63,15 @@ def outside_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch_outside_compilation(function)
 
 
+def random_streams(x: Tensor) -> Any:
+    """Where the backend's global random streams stand, to `rewind()` them; None where layers have their own."""
+    if keras.config.backend() != "torch":
+        return None
+    from gradwise_torch._random import RandomStreams
+
+    return RandomStreams([x.device], only_torch=True)  # which a Dropout layer without a seed draws from
+
+
 def _tensorflow(call: Callable[[Tensor], Tensor], x: Tensor) -> Pullback:
     import tensorflow as tf
 
@@ -112,7 +121,8 @@ def _jax(
         with keras.StatelessScope(values, collect_losses=collect_losses) as scope:
             outputs = call(x)
             losses = list(scope.losses)
-            model._clear_losses()  # forget the ids of inner tracers, which another tensor may have later
+            if collect_losses:  # forget the ids of inner tracers, which another tensor may have later
+                model._clear_losses()
         return outputs, ([scope.get_current_value(variable) for variable in model.non_trainable_variables], losses)
 
     outputs, pull_back, (updated, losses) = jax.vjp(traced, x, has_aux=True)

@@ -88,7 +88,8 @@ class WithDerivatives(keras.Model):
             )
             raise ValueError(msg)
         if not self.model.built:
-            self.model.build(input_shape)
+            # Not model.build, which does nothing for a model that defines only `call`.
+            self.model(keras.KerasTensor(input_shape, dtype=self.compute_dtype))
         self.built = True
 
     def call(self, x: Tensor, training: bool = False) -> dict[str, Tensor]:
