@@ -114,15 +114,16 @@ def detached(value: Any) -> Any:
     return value.detach() if hasattr(value, "detach") else value
 
 
-def outside_graph(model: Any) -> AbstractContextManager[Any]:
-    """Where variables can be made that belong to the model's devices, also while TensorFlow traces a step."""
+def outside_graph(model: Any = None) -> AbstractContextManager[Any]:
+    """Where variables can be made, on the model's devices if one is given, also while TensorFlow traces a step."""
     if BACKEND != "tensorflow":
         return nullcontext()
     import tensorflow as tf
 
     stack = ExitStack()
     stack.enter_context(tf.init_scope())
-    stack.enter_context(model.distribute_strategy.scope())
+    if model is not None:
+        stack.enter_context(model.distribute_strategy.scope())
     return stack
 
 

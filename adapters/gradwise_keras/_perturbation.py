@@ -25,11 +25,17 @@ class Perturbation:
         Their words in the keys of the noise.
     paired : bool
         Whether members share a batch.
+
+    Attributes
+    ----------
+    variables : list of Variable
+        The weights.
     """
 
     def __init__(
         self, population: Population, variables: Sequence[Any], indices: Sequence[int], *, paired: bool
     ) -> None:
+        self.variables = list(variables)
         self._population, self._paired = population, paired
         shapes = [tuple(int(n) for n in variable.shape) for variable in variables]
         self._noise = Noise(population, shapes, indices, streams=population.streams(population.size, paired=paired))
