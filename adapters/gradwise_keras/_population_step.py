@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import keras
 
-from gradwise._matching_scale import standard_deviation
 from gradwise._population import Population
 from gradwise._statistics import gradient_agreement, running_mean
 from gradwise_keras._backend import loop, ops
@@ -52,6 +51,10 @@ class Members:
         Whether members share out the batch.
     unroll : bool
         Whether the loop over members is Python's: slow to compile, but open to a debugger.
+
+    Attributes
+    ----------
+    sharded : bool
     """
 
     def __init__(
@@ -64,7 +67,8 @@ class Members:
         sharded: bool,
         unroll: bool,
     ) -> None:
-        self._size, self._sharded, self._unroll = population.size, sharded, unroll
+        self.sharded = sharded
+        self._size, self._unroll = population.size, unroll
         self._perturbation = Perturbation(population, variables, indices, paired=not sharded)
         self._metrics = {id(variable) for variable in metrics}
 
@@ -84,7 +88,7 @@ class Members:
             for that in `state`; it must leave the optimizer alone and return its gradients.
         """
         weights_of = self._perturbation.at(counter, means)
-        shares = Shares(data, self._size, sharded=self._sharded)
+        shares = Shares(data, self._size, sharded=self.sharded)
         share = shares.first()
         first = run(weights_of(0), share.data, {})
         # Only gradients that there are go through the loop: a model may have variables without.
@@ -105,7 +109,7 @@ class Members:
 
         Members with rows of their own count them once and draw dropout masks of their own.
         """
-        return self._sharded and (key in self._metrics or not _is_float(value))
+        return self.sharded and (key in self._metrics or not _is_float(value))
 
 
 class _Mean(NamedTuple):
@@ -158,14 +162,22 @@ class _Mean(NamedTuple):
         for index, gradient in zip(present, self.gradients, strict=True):
             gradients[index] = gradient
         agreement = gradient_agreement(_square_norm(self.gradients), self.square_norms, sizes=self.sizes, xp=ops)
-        spread = standard_deviation(self.losses, xp=ops)
+        spread = _deviation(self.losses, self.sizes > 0)
         return Outcome(
             {**self.logs, AGREEMENT: agreement, SPREAD: spread}, gradients, ops.mean(self.losses), self.state
         )
 
 
 def _put(values: Any, index: Any, value: Any) -> Any:
-    return ops.where(ops.arange(values.shape[0]) == index, ops.cast(value, values.dtype), values)
+    here = ops.arange(values.shape[0], dtype="int32") == ops.cast(index, "int32")  # the default follows floatx
+    return ops.where(here, ops.cast(value, values.dtype), values)
+
+
+def _deviation(losses: Any, counted: Any) -> Any:
+    """Standard deviation of the losses that count: a member may turn out to have no rows only in the graph."""
+    count = ops.sum(ops.cast(counted, losses.dtype))
+    shifted = ops.where(counted, losses - losses[0], 0.0)  # exactly 0 where all are equal
+    return ops.sqrt(ops.sum(ops.where(counted, ops.square(shifted - ops.sum(shifted) / count), 0.0)) / count)
 
 
 def _is_float(value: Any) -> bool:

@@ -63,7 +63,8 @@ class Shares:
             size += begin < large
             start = member * size + (0 if begin < large else large)
             return Share(self._part(start, size), size, start + size)
-        start, stop = (-(-self._rows * i // self.members) for i in (member, member + 1))
+        size, large = self._rows // self.members, self._rows % self.members
+        start, stop = (i * size + ops.minimum(i, large) for i in (member, member + 1))
         seen = ops.minimum(start, self._rows - 1)
         return Share(self._part(seen, ops.maximum(stop, seen + 1) - seen), stop - start, stop)
 
@@ -73,7 +74,7 @@ class Shares:
                 return None
             if isinstance(start, int) or not isinstance(size, int):
                 return leaf[start : start + size]
-            return ops.slice(leaf, [start] + [0] * (len(leaf.shape) - 1), [size, *leaf.shape[1:]])
+            return ops.slice(leaf, [start] + [0] * (len(leaf.shape) - 1), [size, *ops.shape(leaf)[1:]])
 
         return tree.map_structure(rows_of, self._data)
 

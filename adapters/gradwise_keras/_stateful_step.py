@@ -79,9 +79,14 @@ class _Updates(keras.StatelessScope):
     """
 
     def __init__(self, start: State, variables: dict[int, Any]) -> None:
-        super().__init__(state_mapping=[(variables[key], value) for key, value in start.items()])
+        mapping = [(variables[key], value) for key, value in start.items()]
+        super().__init__(state_mapping=mapping, collect_losses=True)  # else those of `add_loss` are lost
         self.state: State = {}
         self._variables = variables
+
+    def get_current_value(self, variable: Any) -> Any:
+        value = super().get_current_value(variable)
+        return variable._value if value is None else value  # regularisers ask for weights, which are no state here
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         super().add_update(update)
@@ -114,7 +119,8 @@ def stateful_step(
         taps: list[Tap] = []
 
         def run(weights: list[Any], part: Any, start: State) -> Outcome:
-            streams.rewind()
+            if not members.sharded:
+                streams.rewind()
             for variable, value in zip(saved.variables, weights, strict=True):
                 assign_here(variable, value)
             with _Updates(start, assigned) as scope, tapped(model) as tap, gradients():
