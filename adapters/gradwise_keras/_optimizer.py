@@ -85,9 +85,21 @@ class PopulationGradient(keras.optimizers.Optimizer):
         seed: int | None = None,
         name: str | None = None,
     ) -> None:
+        if not isinstance(inner_optimizer, keras.optimizers.Optimizer | str | dict):
+            msg = f"`inner_optimizer` must be an optimizer or the name of one. Received: {inner_optimizer=}"
+            raise TypeError(msg)
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, PopulationGradient):
-            msg = f"`inner_optimizer` must not be a PopulationGradient. Received: inner_optimizer={inner_optimizer.name!r}"
+            msg = (
+                f"`inner_optimizer` must not be a PopulationGradient. Received: inner_optimizer={inner_optimizer.name}"
+            )
+            raise TypeError(msg)
+        if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):  # which would scale once more than unscale
+            msg = (
+                "`inner_optimizer` must not be a LossScaleOptimizer. Received: inner_optimizer="
+                f"{inner_optimizer.name}. Use LossScaleOptimizer(PopulationGradient(optimizer)), as `compile` does for "
+                "mixed_float16"
+            )
             raise TypeError(msg)
         if perturb is not None and not callable(perturb):
             msg = f"`perturb` must be a callable perturb(path, variable) -> bool. Received: perturb={perturb!r}"
@@ -112,7 +124,8 @@ class PopulationGradient(keras.optimizers.Optimizer):
         moved = [variables[index] for index in chosen]
         # Filled by the first step: what is assigned here is lost where TensorFlow builds while it traces.
         self._means = [self.add_variable_from_reference(variable, name="mean") for variable in moved]
-        self._away = self.add_variable(shape=(), dtype="int32", name="away_from_mean")
+        # Of the type of Keras's counters: TensorFlow keeps 32-bit integers off GPUs, out of reach of XLA.
+        self._away = self.add_variable(shape=(), dtype="int", name="away_from_mean")
         with outside_graph():
             # Not a list of our own: Keras takes variables in an optimizer's lists for the optimizer's.
             self._perturbation = Perturbation(self.population, moved, chosen, paired=False)
@@ -126,9 +139,19 @@ class PopulationGradient(keras.optimizers.Optimizer):
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Step from the mean with gradients that were taken at a member, and go to the next member."""
+        if len(grads) == 0:  # as any Keras optimizer
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)  # of what may be an iterator
         if not self.built:
+            if trainable_variables is None:
+                msg = (
+                    "`trainable_variables` must be given to an optimizer that is not built. Received: None. "
+                    "Call `build(trainable_variables)` first"
+                )
+                raise ValueError(msg)
             with keras.name_scope(self.name, caller=self):
-                self.build(list(trainable_variables))
+                self.build(trainable_variables)
         with no_gradients():
             for variable, mean in zip(self._perturbation.variables, self._current_means(), strict=True):
                 assign_here(variable, mean)
@@ -139,7 +162,7 @@ class PopulationGradient(keras.optimizers.Optimizer):
             weights = self._perturbation.at(counter_of(self.inner_optimizer).value, means)(0)
             for variable, value in zip(self._perturbation.variables, weights, strict=True):
                 assign_here(variable, value)
-            assign_here(self._away, ops.ones((), "int32"))
+            assign_here(self._away, ops.ones((), self._away.dtype))
 
     def _current_means(self) -> list[Any]:
         away = self._away.value > 0
@@ -150,20 +173,39 @@ class PopulationGradient(keras.optimizers.Optimizer):
 
     def restore_mean(self) -> None:
         """Bring the mean back, bit for bit, until the next step; outside of compiled functions."""
-        if not self.built or self._away._value is None:  # JAX has lost its variables: its first step raised
+        if not self.built:
             return
+        if self._away._value is None:
+            msg = "`restore_mean` needs the variables that JAX's `fit` took away; call `model.jax_state_sync()` first"
+            raise RuntimeError(msg)
         for variable, mean in zip(self._perturbation.variables, self._current_means(), strict=True):
             variable.assign(mean)
         self._away.assign(0)
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """At the end of `fit`: the mean, or what the inner optimizer makes of it (a moving average)."""
+        if self.built and self._away._value is None:  # lost, on JAX: the first step of `fit` raised
+            return
         self.restore_mean()
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def scale_loss(self, loss: Any) -> Any:
         """The inner optimizer's scale of the loss."""
         return self.inner_optimizer.scale_loss(loss)
+
+    @property
+    def loss_scale_factor(self) -> Any:
+        """The inner optimizer's: a LossScaleOptimizer around takes it away."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: Any) -> None:
+        if "inner_optimizer" in vars(self):  # not from Keras's constructor
+            self.inner_optimizer.loss_scale_factor = factor
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     @property
     def iterations(self) -> Any:
@@ -213,21 +255,26 @@ class MeanWeights(keras.callbacks.Callback):
     >>> callbacks = [MeanWeights()]  # then ModelCheckpoint, EarlyStopping, ...
     """
 
-    def _restore(self) -> None:
-        optimizer: Any = getattr(self.model, "optimizer", None)
+    def _optimizer(self) -> PopulationGradient:
+        given: Any = getattr(self.model, "optimizer", None)
+        optimizer = given
         while not isinstance(optimizer, PopulationGradient):  # a LossScaleOptimizer around it
             optimizer = getattr(optimizer, "inner_optimizer", None)
             if optimizer is None:
                 msg = (
-                    "MeanWeights needs a model that is compiled with a PopulationGradient. Received: another optimizer"
+                    "MeanWeights needs a model that is compiled with a PopulationGradient. Received: "
+                    f"optimizer={type(given).__name__}"
                 )
                 raise ValueError(msg)
-        optimizer.restore_mean()
+        return optimizer
+
+    def _restore(self) -> None:
+        self._optimizer().restore_mean()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Fail early with another optimizer."""
+        """Fail early with another optimizer; a member that was saved stays where it is."""
         del logs
-        self._restore()
+        self._optimizer()
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Before validation."""
