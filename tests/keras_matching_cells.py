@@ -25,10 +25,11 @@ def smooth_data(n: int = 12, n_inputs: int = 3, n_outputs: int = 2, seed: int = 
     angles = x @ frequency.T
     y = np.sin(angles)
     dydx = np.cos(angles)[:, :, None] * frequency
-    return tuple(a.astype("float32") for a in (x, y, dydx[:, 0] if n_outputs == 1 else dydx))
+    dydx = dydx[:, 0] if n_outputs == 1 else dydx
+    return x.astype("float32"), y.astype("float32"), dydx.astype("float32")
 
 
-def mlp(n_inputs: int = 3, n_outputs: int = 2, width: int = 8, seed: int = 0) -> keras.Model:
+def mlp(n_inputs: int = 3, n_outputs: int = 2, width: int = 8, seed: int = 0) -> Any:
     keras.utils.set_random_seed(seed)
     hidden = layers.Dense(width, "tanh", bias_initializer="random_normal")
     return keras.Sequential([keras.Input((n_inputs,)), hidden, layers.Dense(n_outputs)])
@@ -53,10 +54,10 @@ class OwnStep(keras.Model):
 
     def train_step(self, *args: Any) -> Any:
         OwnStep.steps += 1
-        return super().train_step(*args)  # pyright: ignore[reportAttributeAccessIssue] - Keras adds it for the backend
+        return super().train_step(*args)
 
 
-def architecture(name: str) -> tuple[keras.Model, tuple[int, ...]]:
+def architecture(name: str) -> tuple[Any, tuple[int, ...]]:
     """A model by name, and the shape of one input."""
     keras.utils.set_random_seed(0)
     if name == "functional":

@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pytest
 import torch
-from gradwise_keras._matching_loss import GradientMatching
-from gradwise_keras._with_derivatives import WithDerivatives
-from gradwise_torch import GradientMatching as TorchGradientMatching
 from keras_matching_cells import KERAS_WARNING, mlp, mlp_loss, numpy_of, one_step, smooth_data, weights_of
 
 from gradwise._matching import gradient_matching_loss
 from gradwise._matching_scale import matching_scale
+from gradwise_keras._matching_loss import GradientMatching
+from gradwise_keras._with_derivatives import WithDerivatives
+from gradwise_torch import GradientMatching as TorchGradientMatching
 
 pytestmark = pytest.mark.filterwarnings(KERAS_WARNING)
 
@@ -92,7 +92,7 @@ def test_gradient_of_unknown_entries_is_zero_and_not_nan(known_by: str) -> None:
     gradients = []
     for filler in (0.0, np.nan) if known_by != "nan" else (np.nan,):
         entries = known.astype("float32") if known_by == "entries" else weight
-        model = WithDerivatives(mlp())
+        model: Any = WithDerivatives(mlp())
         model.compile(keras.optimizers.SGD(1.0), loss={"y": "mse", "dydx": fitted(x, y, dydx)})
         target = np.where(known, dydx, filler).astype("float32")
         ones = np.ones(12, "float32")
@@ -217,7 +217,7 @@ def test_invalid_data_is_named() -> None:
 @pytest.mark.parametrize("n_outputs", [1, 2])
 def test_loss_and_gradient_are_those_of_the_torch_adapter(n_outputs: int, loss: str) -> None:
     x, y, dydx = smooth_data(n_outputs=n_outputs)
-    model = WithDerivatives(mlp(n_outputs=n_outputs))
+    model: Any = WithDerivatives(mlp(n_outputs=n_outputs))
     matching = fitted(x, y, dydx, derivative_weight=0.5, loss=loss)
     model.compile(keras.optimizers.SGD(1.0), loss={"y": "mse", "dydx": matching})
     weights = weights_of(model)
@@ -242,10 +242,10 @@ def test_gradient_is_that_of_finite_differences_in_float64() -> None:
     x, y, dydx = smooth_data()
     matching = fitted(x, y, dydx, derivative_weight=2.0)
     assert matching.statistics is not None
-    model = WithDerivatives(mlp())
+    model: Any = WithDerivatives(mlp())
     model.compile(keras.optimizers.SGD(1.0), loss={"y": "mse", "dydx": matching})
     weights = [w.astype(np.float64) for w in weights_of(model)]
-    arguments = (*(a.astype(np.float64) for a in (x, y, dydx)), matching.statistics.scale, 2.0)
+    arguments: Any = (*(a.astype(np.float64) for a in (x, y, dydx)), matching.statistics.scale, 2.0)
     gradients = one_step(model, x, {"y": y, "dydx": dydx})
     for k, gradient in enumerate(gradients):
         differences = np.zeros_like(weights[k])

@@ -10,8 +10,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from gradwise_keras._matching_loss import GradientMatching
-from gradwise_keras._with_derivatives import WithDerivatives
 from keras import layers
 from keras_matching_cells import (
     BATCH_NORM_WARNING,
@@ -28,6 +26,8 @@ from keras_matching_cells import (
 
 from gradwise._matching import gradient_matching_loss
 from gradwise._matching_scale import matching_scale
+from gradwise_keras._matching_loss import GradientMatching
+from gradwise_keras._with_derivatives import WithDerivatives
 
 pytestmark = [pytest.mark.filterwarnings(KERAS_WARNING), pytest.mark.filterwarnings(BATCH_NORM_WARNING)]
 
@@ -35,8 +35,8 @@ BACKEND = keras.config.backend()
 NAMES = ["functional", "rank one", "subclassed", "image", "lstm", "attention"]
 
 
-def compiled(model: keras.Model, matching: Any = None, rate: float = 1.0, **options: Any) -> WithDerivatives:
-    wrapped = WithDerivatives(model)
+def compiled(model: keras.Model, matching: Any = None, rate: float = 1.0, **options: Any) -> Any:
+    wrapped: Any = WithDerivatives(model)
     loss = {"y": "mse", "dydx": GradientMatching() if matching is None else matching}
     wrapped.compile(keras.optimizers.SGD(rate), loss=loss, **options)
     return wrapped
@@ -51,7 +51,7 @@ def test_derivatives_are_exact_and_trainable(name: str) -> None:
     model, shape = architecture(name)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, *shape)).astype("float32")
-    wrapped = WithDerivatives(model)
+    wrapped: Any = WithDerivatives(model)
     outputs = wrapped.predict_on_batch(x)
     y = model.predict_on_batch(x)
     np.testing.assert_allclose(outputs["y"], y, rtol=1e-5, atol=1e-6)
@@ -73,7 +73,7 @@ def test_derivatives_are_exact_and_trainable(name: str) -> None:
     assert (losses[0] - losses[1]) / 6e-3 == pytest.approx(norm, rel=5e-3)  # step**2 and float32 losses
 
 
-def with_batch_norm() -> keras.Model:
+def with_batch_norm() -> Any:
     keras.utils.set_random_seed(0)
     stack = [layers.Dense(8, "tanh"), layers.BatchNormalization(momentum=0.5), layers.Dense(2)]
     return keras.Sequential([keras.Input((3,)), *stack])
@@ -81,11 +81,11 @@ def with_batch_norm() -> keras.Model:
 
 def test_batch_normalisation_gives_derivatives_per_row() -> None:
     x, _, _ = smooth_data()
-    model = with_batch_norm()
+    model: Any = with_batch_norm()
     outputs = {key: numpy_of(value) for key, value in WithDerivatives(model)(x, training=True).items()}
     moving = [numpy_of(v) for v in model.non_trainable_weights]
     np.testing.assert_allclose(outputs["dydx"], one_by_one(model, x), atol=2e-3)
-    twin = with_batch_norm()
+    twin: Any = with_batch_norm()
     np.testing.assert_allclose(outputs["y"], numpy_of(twin(x, training=True)), rtol=1e-5, atol=1e-6)
     for value, variable in zip(moving, twin.non_trainable_weights, strict=True):  # updated once
         np.testing.assert_allclose(value, numpy_of(variable), rtol=1e-6)
@@ -93,7 +93,7 @@ def test_batch_normalisation_gives_derivatives_per_row() -> None:
 
 def test_batch_normalisation_trains_the_derivatives_of_the_moving_statistics() -> None:
     x, _, dydx = smooth_data()
-    model = WithDerivatives(with_batch_norm())
+    model: Any = WithDerivatives(with_batch_norm())
     loss = {"y": "mse", "dydx": GradientMatching(scale="none")}
     model.compile(keras.optimizers.SGD(1.0), loss=loss, loss_weights={"y": 0.0, "dydx": 1.0})
     before = weights_of(model)
@@ -110,7 +110,7 @@ def test_batch_normalisation_trains_the_derivatives_of_the_moving_statistics() -
 @pytest.mark.filterwarnings("default:`model` has batch normalisation:UserWarning")
 def test_batch_normalisation_is_said_once_and_not_if_frozen() -> None:
     x, _, _ = smooth_data()
-    model = WithDerivatives(with_batch_norm())
+    model: Any = WithDerivatives(with_batch_norm())
     with pytest.warns(UserWarning, match="its input derivatives are taken with the moving statistics"):
         model(x, training=True)
     with warnings.catch_warnings():
@@ -131,14 +131,14 @@ def test_values_and_derivatives_share_dropout_masks_and_draw_once(normalised: bo
     if normalised:  # with statistics 0 and 1, and a momentum that keeps them, this is the identity but for epsilon
         stack.append(layers.BatchNormalization(momentum=1.0, epsilon=1e-7))
 
-    def build() -> keras.Model:
+    def build() -> Any:
         keras.utils.set_random_seed(0)
         return keras.Sequential([keras.Input((6,)), *[type(layer).from_config(layer.get_config()) for layer in stack]])
 
-    model = build()
+    model: Any = build()
     outputs = {key: numpy_of(value) for key, value in WithDerivatives(model)(x, training=True).items()}
     again = numpy_of(model(x, training=True))
-    twin = build()
+    twin: Any = build()
     np.testing.assert_allclose(outputs["y"], numpy_of(twin(x, training=True)), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(again, numpy_of(twin(x, training=True)), rtol=1e-5, atol=1e-5)  # the next masks
     linear = np.sum(x * outputs["dydx"], axis=1)
@@ -153,15 +153,15 @@ def test_values_and_derivatives_share_dropout_masks_and_draw_once(normalised: bo
 def test_a_step_advances_state_as_a_plain_step_does() -> None:
     x, y, dydx = smooth_data()
 
-    def build() -> keras.Model:
+    def build() -> Any:
         keras.utils.set_random_seed(0)
         stack = [layers.Dense(8, "tanh"), layers.BatchNormalization(), layers.Dropout(0.5, seed=3), layers.Dense(2)]
         return keras.Sequential([keras.Input((3,)), *stack])
 
-    plain = build()
+    plain: Any = build()
     plain.compile(keras.optimizers.SGD(0.1), loss="mse")
     plain.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
-    wrapped = WithDerivatives(build())
+    wrapped: Any = WithDerivatives(build())
     wrapped.compile(
         keras.optimizers.SGD(0.1), loss={"y": "mse", "dydx": GradientMatching()}, loss_weights={"y": 1.0, "dydx": 0.0}
     )
@@ -172,7 +172,8 @@ def test_a_step_advances_state_as_a_plain_step_does() -> None:
 
 class Penalised(layers.Layer):
     def call(self, x: Any) -> Any:
-        self.add_loss(0.1 * keras.ops.mean(x**2))
+        ops: Any = keras.ops
+        self.add_loss(0.1 * ops.mean(x**2))
         return x
 
 
@@ -180,14 +181,14 @@ class Penalised(layers.Layer):
 def test_penalties_of_layers_count_once(normalised: bool) -> None:
     x, y, dydx = smooth_data()
 
-    def build() -> keras.Model:
+    def build() -> Any:
         keras.utils.set_random_seed(0)
         stack = [layers.Dense(8, "tanh", kernel_regularizer="l2"), Penalised(), layers.Dense(2)]
         return keras.Sequential([keras.Input((3,)), *([layers.BatchNormalization()] if normalised else []), *stack])
 
-    plain = build()
+    plain: Any = build()
     plain.compile(keras.optimizers.SGD(0.1), loss="mse")
-    wrapped = WithDerivatives(build())
+    wrapped: Any = WithDerivatives(build())
     wrapped.compile(keras.optimizers.SGD(0.1), loss={"y": "mse"})
     for _ in range(3):
         ours = wrapped.train_on_batch(x, targets_of(y, dydx), return_dict=True)["loss"]
@@ -203,7 +204,7 @@ def test_mixed_precision(policy: str) -> None:
     before = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(policy)
-        wrapped = compiled(mlp(), rate=0.05)
+        wrapped: Any = compiled(mlp(), rate=0.05)
         outputs = wrapped(x)
         assert "float32" in str(outputs["dydx"].dtype)
         np.testing.assert_allclose(numpy_of(outputs["dydx"]), exact, atol=0.05)  # bfloat16: 8 bits
@@ -238,8 +239,8 @@ def test_ways_to_run_agree(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 def test_fit_evaluate_and_predict_give_what_the_core_gives() -> None:
     x, y, dydx = smooth_data(n=40)
-    model = mlp()
-    wrapped = WithDerivatives(model)
+    model: Any = mlp()
+    wrapped: Any = WithDerivatives(model)
     wrapped.compile(
         keras.optimizers.SGD(0.0),
         loss={"y": "mse", "dydx": GradientMatching(scale="per_input")},
@@ -276,8 +277,8 @@ def test_fit_evaluate_and_predict_give_what_the_core_gives() -> None:
 def test_a_second_fit_of_the_scales_reaches_compiled_steps() -> None:
     x, y, dydx = smooth_data()
     matching = GradientMatching()
-    wrapped = compiled(mlp(), matching, rate=0.0)
-    evaluate = dict(verbose=0, return_dict=True)
+    wrapped: Any = compiled(mlp(), matching, rate=0.0)
+    evaluate = {"verbose": 0, "return_dict": True}
     first = wrapped.fit(x, targets_of(y, dydx), verbose=0).history["dydx_loss"][0]
     # Once, not again, for other data; to rounding, as rows are shuffled.
     assert wrapped.fit(x, targets_of(2 * y, dydx), verbose=0).history["dydx_loss"][0] == pytest.approx(first, rel=1e-5)
@@ -308,14 +309,15 @@ def test_datasets_set_the_scales_by_their_first_batch(kind: str) -> None:
     if kind == "tf.data":
         import tensorflow as tf
 
-        data = tf.data.Dataset.from_tensor_slices((x, targets_of(y, dydx))).batch(4)
+        arrays: Any = (x, targets_of(y, dydx))
+        data = tf.data.Dataset.from_tensor_slices(arrays).batch(4)
     if kind == "loader":
         import torch
 
         rows = [(a, targets_of(b, c)) for a, b, c in zip(x, y, dydx, strict=True)]
         data = torch.utils.data.DataLoader(rows, batch_size=4)  # pyright: ignore[reportArgumentType] - rows will do
     matching = GradientMatching()
-    wrapped = compiled(mlp(), matching, rate=0.1)
+    wrapped: Any = compiled(mlp(), matching, rate=0.1)
     with pytest.warns(UserWarning, match="the first batch of the training data sets its scales"):
         wrapped.fit(data, shuffle=False, verbose=0)
     assert matching.get_config() == GradientMatching().fit(x[:4], y[:4], dydx[:4]).get_config()
@@ -332,21 +334,21 @@ def test_a_generator_needs_a_fitted_loss() -> None:
         compiled(mlp()).fit(generator(), steps_per_epoch=2, verbose=0)
     for scale in ("block", "none"):  # raw derivatives have no scale to fit
         matching = GradientMatching(scale=scale)
-        model = compiled(mlp(), matching if scale == "none" else matching.fit(x, y, dydx), rate=0.0)
+        model: Any = compiled(mlp(), matching if scale == "none" else matching.fit(x, y, dydx), rate=0.0)
         loss = model.fit(generator(), steps_per_epoch=2, shuffle=False, verbose=0).history["loss"][0]
         assert loss == pytest.approx(compiled(mlp(), matching).evaluate(x, targets_of(y, dydx), verbose=0)[0], rel=1e-5)
 
 
 def test_saving_the_wrapper_keeps_scales_and_optimizer(tmp_path: Path) -> None:
     x, y, dydx = smooth_data()
-    wrapped = WithDerivatives(mlp(), name="mine")
+    wrapped: Any = WithDerivatives(mlp(), name="mine")
     wrapped.compile("adam", loss={"y": "mse", "dydx": GradientMatching(0.3)}, loss_weights={"y": 1.0, "dydx": 2.0})
     wrapped.fit(x, targets_of(y, dydx), epochs=2, verbose=0, shuffle=False)
     wrapped.save(tmp_path / "model.keras")
     loaded: Any = keras.models.load_model(tmp_path / "model.keras")
-    assert isinstance(loaded, WithDerivatives)
+    assert type(loaded) is WithDerivatives
     assert loaded.name == "mine"
-    for a, b in zip(loaded.predict(x, verbose=0).values(), wrapped.predict(x, verbose=0).values(), strict=True):
+    for a, b in zip(*(model.predict(x, verbose=0).values() for model in [loaded, wrapped]), strict=True):
         np.testing.assert_array_equal(a, b)
     histories = [m.fit(x, targets_of(y, dydx), epochs=2, verbose=0, shuffle=False).history for m in (loaded, wrapped)]
     assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-6)  # Adam's moments too
@@ -354,7 +356,7 @@ def test_saving_the_wrapper_keeps_scales_and_optimizer(tmp_path: Path) -> None:
 
 def test_the_model_itself_is_saved_without_gradwise(tmp_path: Path) -> None:
     x, y, dydx = smooth_data()
-    wrapped = compiled(mlp(), rate=0.1)
+    wrapped: Any = compiled(mlp(), rate=0.1)
     wrapped.fit(x, targets_of(y, dydx), verbose=0)
     wrapped.model.save(tmp_path / "inner.keras")
     np.save(tmp_path / "x.npy", x)
@@ -393,9 +395,9 @@ def test_models_without_such_derivatives_are_errors(build: Any, x: Any, message:
 
 def test_misuse_is_named() -> None:
     x, y, dydx = smooth_data()
-    with pytest.raises(ValueError, match="`model` must be a keras.Model. Received: model=<function"):
+    with pytest.raises(ValueError, match=r"`model` must be a keras.Model. Received: model=<function"):
         WithDerivatives(constant)  # pyright: ignore[reportArgumentType] - that is the test
-    wrapped = WithDerivatives(mlp())
+    wrapped: Any = WithDerivatives(mlp())
     for loss in (["mse", GradientMatching()], GradientMatching(), {"y": GradientMatching()}):
         with pytest.raises(ValueError, match="`loss` must"):
             wrapped.compile("sgd", loss=loss)
@@ -403,7 +405,7 @@ def test_misuse_is_named() -> None:
         wrapped.compile("sgd", loss={"y": "mse", "dydx": GradientMatching()}, loss_weights=[1.0, 0.5])
     wrapped.compile("sgd", loss={"y": "mse", "dydx": GradientMatching()})
     for targets in (y, [y, dydx], {"y": y}, {"y": y, "dydx": dydx, "z": y}):
-        with pytest.raises(ValueError, match='`y` must be a dict {"y": values, "dydx": derivatives}'):
+        with pytest.raises(ValueError, match=r'`y` must be a dict {"y": values, "dydx": derivatives}'):
             wrapped.fit(x, targets, verbose=0)
     negative = np.where(np.arange(12) == 3, -1.0, 1.0)
     with pytest.raises(ValueError, match=r"`sample_weight` must not be negative or NaN. Received: .* minimum -1.0"):
@@ -417,7 +419,7 @@ def test_derivatives_improve_a_small_surrogate() -> None:
         new_x, new_y, _ = smooth_data(n=500, n_outputs=1, seed=seed)
         errors = []
         for weight in (0.0, 1.0):
-            wrapped = WithDerivatives(mlp(n_outputs=1, width=32, seed=seed))
+            wrapped: Any = WithDerivatives(mlp(n_outputs=1, width=32, seed=seed))
             loss = {"y": "mse", "dydx": GradientMatching(weight)}
             wrapped.compile(keras.optimizers.Adam(0.02), loss=loss)
             again = [np.tile(a, (150, *[1] * (a.ndim - 1))) for a in (x, y, dydx)]  # cheaper than 150 epochs
@@ -431,6 +433,6 @@ def test_the_inner_model_may_have_its_own_train_step() -> None:
     x, y, dydx = smooth_data()
     inputs = keras.Input((3,))
     OwnStep.steps = 0
-    wrapped = compiled(OwnStep(inputs, layers.Dense(2)(inputs)), rate=0.1)
+    wrapped: Any = compiled(OwnStep(inputs, layers.Dense(2)(inputs)), rate=0.1)
     wrapped.fit(x, targets_of(y, dydx), verbose=0)
     assert OwnStep.steps == 0  # the wrapper trains
