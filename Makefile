@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# What runs once more on each backend; everything together runs on JAX.
+KERAS = adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test venv lint types unit bench bench-speed clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
-	@echo "make test    lint, types and all tests"
+	@echo "make test    lint, types and all tests, those of Keras on its three backends"
 	@echo "make venv    .venv with every extra"
 	@echo "make bench-speed   what a step costs, beside IVON, SAM, jenn and loops by hand: out/speed.md (half an hour)"
 	@echo "make bench   all published measurements (long)"
@@ -27,6 +29,8 @@ types: .venv/.test
 
 unit: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses auto $(KERAS)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest --numprocesses auto $(KERAS)
 
 bench-speed: .venv/.bench
 	$(BIN)/python benchmarks/speed.py --compile --threads both

@@ -32,7 +32,7 @@ class PopulationFunction:
     """
 
     def __init__(self, model: Any, population: Population, perturb: Perturb | None, *, sharded: bool) -> None:
-        self.plain = plain_function(model)
+        self.plain: Any = plain_function(model)
         self.expected = False
         self._model, self._population, self._perturb, self._sharded = model, population, perturb, sharded
         self._inner = model.train_step
@@ -72,7 +72,15 @@ class PopulationFunction:
         except BaseException:
             if self._saved is not None:
                 self._saved.rescue()
+            if BACKEND == "jax":
+                self._rescue(args[0])
             raise
+
+    def _rescue(self, state: Any) -> None:
+        # Keras has taken the values out of the variables, and puts back only what a step has returned.
+        names = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
+        if not any(value.is_deleted() for values in state for value in values):
+            self._model._jax_state = dict(zip(names, state, strict=True))
 
     def _train_step(self, *args: Any) -> Any:
         if self._step is None:  # TensorFlow builds models in the first trace
