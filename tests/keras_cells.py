@@ -272,7 +272,9 @@ def parts_of(batch: Any, members: int, *, sharded: bool) -> list[tuple[Any, int]
         return [(batch, 1)] * members
     rows = len(next(leaf for leaf in keras.tree.flatten(batch) if leaf is not None))
     parts = [part for part in np.array_split(np.arange(rows), members) if len(part)]
-    return [(keras.tree.map_structure(lambda leaf, p=p: None if leaf is None else leaf[p], batch), len(p)) for p in parts]
+    return [
+        (keras.tree.map_structure(lambda leaf, p=p: None if leaf is None else leaf[p], batch), len(p)) for p in parts
+    ]
 
 
 def train_by_hand(
@@ -350,7 +352,9 @@ def batches_of(x: Any, y: Any, sample_weight: Any = None, *, size: int = 4, epoc
     """Batches as `fit` makes them of arrays, or trees of arrays, in order."""
     rows = len(keras.tree.flatten(x)[0])
     return [
-        keras.tree.map_structure(lambda leaf, at=at: None if leaf is None else leaf[at : at + size], (x, y, sample_weight))
+        keras.tree.map_structure(
+            lambda leaf, at=at: None if leaf is None else leaf[at : at + size], (x, y, sample_weight)
+        )
         for _ in range(epochs)
         for at in range(0, rows, size)
     ]

@@ -24,14 +24,20 @@ from keras_cells import (
     weights_of,
 )
 
-from gradwise import Population
 from gradwise.keras import PopulationCallback
 
 pytestmark = pytest.mark.filterwarnings(KERAS_WARNING)
 
 
 def assert_as_by_hand(
-    name: str, *, optimizer: Any = None, rows: int = 10, epochs: int = 1, sharded: bool = False, perturb: Any = None, **how: Any
+    name: str,
+    *,
+    optimizer: Any = None,
+    rows: int = 10,
+    epochs: int = 1,
+    sharded: bool = False,
+    perturb: Any = None,
+    **how: Any,
 ) -> None:
     """Train twice in the widest floats, and compare weights, state and what the members said."""
     how = {"sigma": 0.3, "seed": 5, **how}

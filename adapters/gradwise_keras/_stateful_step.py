@@ -16,7 +16,14 @@ from gradwise_keras._backend import (
     ops,
 )
 from gradwise_keras._population_step import Members, Outcome, State
-from gradwise_keras._training_step import Tap, as_tensors, counter_of, metrics_result, tapped
+from gradwise_keras._training_step import (
+    Tap,
+    as_tensors,
+    check_weights_unwritten,
+    counter_of,
+    metrics_result,
+    tapped,
+)
 
 __all__ = ["SavedWeights", "stateful_step"]
 
@@ -126,8 +133,10 @@ def stateful_step(
             with _Updates(start, assigned) as scope, tapped(model) as tap, gradients():
                 logs = inner(part)
             taps.append(tap)
-            _check_no_weight([assigned[key].path for key in scope.state if key in trainable])
-            return Outcome(as_tensors(logs), [dense(g) for g in tap.collected()], detached(tap.loss), scope.state)
+            check_weights_unwritten([assigned[key].path for key in scope.state if key in trainable])
+            return Outcome(
+                as_tensors(logs), [dense(g) for g in tap.collected()], detached(tap.loss(model.metrics)), scope.state
+            )
 
         with no_gradients():
             counter = ops.copy(counter_of(model.optimizer).value)
@@ -139,15 +148,6 @@ def stateful_step(
             for key, value in mean.state.items():
                 assigned[key].assign(value)
             model.optimizer.apply(mean.gradients, taps[0].variables)
-            return metrics_result(model, mean.logs)
+            return metrics_result(taps[0].updated, mean.logs)
 
     return step
-
-
-def _check_no_weight(written: list[str]) -> None:
-    if written:
-        msg = (
-            "`train_step` must leave trainable weights to `model.optimizer` to be run by PopulationCallback (use "
-            f"`constraint` to clip weights). Received: a step that assigns to {', '.join(written)}"
-        )
-        raise ValueError(msg)

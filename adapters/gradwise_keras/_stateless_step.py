@@ -6,7 +6,14 @@ from typing import Any
 import keras
 
 from gradwise_keras._population_step import Members, Outcome, State
-from gradwise_keras._training_step import as_tensors, counter_of, metrics_result, tapped
+from gradwise_keras._training_step import (
+    Tap,
+    as_tensors,
+    check_weights_unwritten,
+    counter_of,
+    metrics_result,
+    tapped,
+)
 
 __all__ = ["stateless_step"]
 
@@ -31,6 +38,7 @@ def stateless_step(model: Any, inner: Step, members: Members, chosen: list[int])
 
     def step(state: tuple[Any, ...], data: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
         trainable, non_trainable, optimizer, metrics = state
+        weight_variables, taps = model.trainable_variables, list[Tap]()
         others = [*model.non_trainable_variables, *model.metrics_variables]
         start = {id(variable): value for variable, value in zip(others, [*non_trainable, *metrics], strict=True)}
 
@@ -44,19 +52,24 @@ def stateless_step(model: Any, inner: Step, members: Members, chosen: list[int])
                 moved[index] = value
             before, counts = values(changed)
             with tapped(model) as tap:
-                logs, (_, after, _, counted) = inner((moved, before, optimizer, counts), part)
+                logs, (returned, after, _, counted) = inner((moved, before, optimizer, counts), part)
+            gradients = tap.collected()
+            taps.append(tap)
+            check_weights_unwritten(
+                [v.path for v, w, old in zip(weight_variables, returned, moved, strict=True) if w is not old]
+            )
             new = {
                 id(variable): value
                 for variable, value, old in zip(others, [*after, *counted], [*before, *counts], strict=True)
                 if value is not old
             }
-            return Outcome(as_tensors(logs), tap.collected(), tap.loss, new)
+            return Outcome(as_tensors(logs), gradients, tap.loss(model.metrics), new)
 
         mean = members.step(optimizer[counter], [trainable[index] for index in chosen], data, run)
         weights, optimizer = model.optimizer.stateless_apply(optimizer, mean.gradients, trainable)
         non_trainable, metrics = values(mean.state)
         with keras.StatelessScope(state_mapping=list(zip(model.metrics_variables, metrics, strict=True))):
-            logs = metrics_result(model, mean.logs)
+            logs = metrics_result(taps[0].updated, mean.logs)
         return logs, (weights, non_trainable, optimizer, metrics)
 
     return step
