@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 # What runs once more on each backend; everything together runs on JAX.
-KERAS = adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
+KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test venv lint types unit bench bench-speed clean

@@ -48,7 +48,7 @@ METHODS = (
 )
 
 
-def split(seed: int) -> list[np.ndarray]:
+def split(seed: int) -> list[Any]:
     """Training and test images as rows of 64 pixels from 0 to 1, training and test labels."""
     images, labels = load_digits(return_X_y=True)
     return train_test_split(

@@ -41,7 +41,7 @@ class PopulationFunction:
         self._function: Any = None
         if model.built:
             with outside_graph(model):
-                self._prepare()
+                self._step = self._make_step()
         with patched(model, train_step=self._train_step):
             model.make_train_function(force=True)
         self._function = model.train_function
@@ -86,10 +86,10 @@ class PopulationFunction:
         if self._step is None:  # TensorFlow builds models in the first trace
             self._model._symbolic_build(data_batch=args[-1])
             with outside_graph(self._model):
-                self._prepare()
+                self._step = self._make_step()
         return self._step(*args)
 
-    def _prepare(self) -> None:
+    def _make_step(self) -> Any:
         model = self._model
         chosen = perturbed(model.trainable_variables, self._perturb)
         variables = [model.trainable_variables[index] for index in chosen]
@@ -102,10 +102,9 @@ class PopulationFunction:
             unroll=model.run_eagerly or loops_slowly(),
         )
         if BACKEND == "jax":
-            self._step = stateless_step(model, self._inner, members, chosen)
-        else:
-            self._saved = SavedWeights(variables)
-            self._step = stateful_step(model, self._inner, members, self._saved)
+            return stateless_step(model, self._inner, members, chosen)
+        self._saved = SavedWeights(variables)
+        return stateful_step(model, self._inner, members, self._saved)
 
 
 def plain_function(model: Any) -> Any:
