@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import threading
 from typing import Any
 
 import keras
@@ -12,15 +11,14 @@ import pytest
 from keras_cells import (
     BACKEND,
     KERAS_WARNING,
-    Subclassed,
     assert_same,
+    assign,
     batches_of,
     compiled,
     data,
     fit,
     numpy_of,
     ops,
-    sequential,
     state_of,
     train_by_hand,
     weights_of,
@@ -188,3 +186,251 @@ def test_training_steps_that_cannot_be_a_member(twist: str, message: str) -> Non
         fit(model, X, Y, population())
     for weights, value in zip(weights_of(model), before, strict=True):
         np.testing.assert_array_equal(weights, value)
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+class At(keras.callbacks.Callback):
+    """Does something at a moment of training, once."""
+
+    def __init__(self, moment: str, act: Any, batch: int = 1) -> None:
+        super().__init__()
+        self.left = 1
+
+        def hook(at: int = 0, logs: Any = None) -> None:
+            if self.left and (at == batch or "batch" not in moment):
+                self.left -= 1
+                act(self.model)
+
+        setattr(self, moment, hook)
+
+
+def fail(model: Any) -> None:
+    raise RuntimeError("on purpose")
+
+
+class Fails(keras.losses.Loss):
+    """Raises inside the compiled step (or, on JAX, at its first trace) where a target is large."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        loss = ops.mean(ops.square(y_true - y_pred), axis=-1)
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            return tf.debugging.check_numerics(loss, "on purpose")
+        if BACKEND == "jax":
+            raise FloatingPointError("on purpose")
+        if not bool(ops.all(ops.isfinite(loss))):
+            raise FloatingPointError("on purpose")
+        return loss
+
+
+def twin(model: Any, **options: Any) -> Any:
+    """A model that stands where `model` does, and never had a population."""
+    other = compiled(**options)
+    for each in (model, other):
+        each.optimizer.build(each.trainable_variables) if not each.optimizer.built else None
+    assign(other.variables, [numpy_of(variable) for variable in model.variables])
+    assign(other.optimizer.variables, [numpy_of(variable) for variable in model.optimizer.variables])
+    return other
+
+
+def assert_weights(model: Any, expected: list[Any]) -> None:
+    for weights, value in zip(weights_of(model), expected, strict=True):
+        np.testing.assert_array_equal(weights, value)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("moment", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"])
+def test_another_callback_raises(moment: str, order: str) -> None:
+    model = compiled(metrics=None)
+    before: list[Any] = []
+
+    def act(model: Any) -> None:
+        before.extend(weights_of(model))
+        fail(model)
+
+    callbacks = [population(), At(moment, act)]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, X, Y, *(callbacks if order == "after" else reversed(callbacks)))
+    assert_weights(model, before)
+    other = twin(model, metrics=None)
+    history = fit(model, X, Y)
+    fit(other, X, Y)
+    assert_same(state_of(model), state_of(other))
+    assert set(history) == {"loss"}
+
+
+def test_data_raises() -> None:
+    model = compiled()
+    before: list[Any] = []
+
+    def batches() -> Any:
+        yield X[:4], Y[:4]
+        yield X[:4], Y[:4]
+        raise RuntimeError("on purpose")
+
+    keep = At("on_train_batch_end", lambda model: before.extend(weights_of(model)))
+    with pytest.raises(Exception, match="on purpose"):
+        fit(model, batches(), None, population(), keep, steps_per_epoch=4, shuffle=False)
+    assert_weights(model, before)
+    other = twin(model)
+    fit(model, X, Y)
+    fit(other, X, Y)
+    assert_same(state_of(model), state_of(other))
+
+
+@pytest.mark.parametrize("again", ["plain", "population"])
+def test_step_raises(again: str) -> None:
+    """In the second batch, on TensorFlow inside the compiled loop over members."""
+    model = compiled(loss=Fails())
+    bad = Y.copy()
+    bad[5] = np.inf
+    before: list[Any] = weights_of(model)
+    keep = At("on_train_batch_end", lambda model: (before.clear(), before.extend(weights_of(model))), batch=0)
+    callback = population(4)
+    with pytest.raises(Exception, match="on purpose"):
+        fit(model, X, bad, callback, keep)
+    assert_weights(model, before)
+    if BACKEND == "jax":
+        return  # whose compiled steps do not raise
+    other = twin(model, loss=Fails())
+    fit(model, X, Y, *([] if again == "plain" else [callback]))
+    fit(other, X, Y, *([] if again == "plain" else [population(4)]))
+    assert_same(state_of(model), state_of(other))
+
+
+# -- several fits, several callbacks -----------------------------------------------------------------------------------
+
+
+def test_second_fits() -> None:
+    """Two fits are one fit of twice the epochs; so with a fresh callback, and after `compile`."""
+    whole, same, fresh = (compiled() for _ in range(3))
+    fit(whole, X, Y, population(), epochs=2)
+    callback = population()
+    for _ in range(2):
+        fit(same, X, Y, callback)
+        fit(fresh, X, Y, population())
+    assert_same(state_of(same), state_of(whole))
+    assert_same(state_of(fresh), state_of(whole))
+    model, other = compiled(), compiled()
+    fit(model, X, Y, callback)
+    fit(other, X, Y, population())
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mae")
+    other.compile(optimizer=keras.optimizers.Adam(0.01), loss="mae")
+    fit(model, X, Y, callback)
+    fit(other, X, Y, population())
+    assert_same(state_of(model), state_of(other))
+
+
+def test_plain_fits_around() -> None:
+    model, other = compiled(), compiled()
+    fit(model, X, Y, population())
+    fit(other, X, Y, population())
+    function = model.train_function
+    fit(model, X, Y)
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.train_function is function
+    fresh = twin(other)
+    fit(fresh, X, Y)
+    fresh.train_on_batch(X[:4], Y[:4])
+    assert_same(state_of(model), state_of(fresh))
+
+
+def test_two_callbacks_in_one_fit_are_an_error() -> None:
+    model = compiled()
+    with pytest.raises(ValueError, match="one PopulationCallback"):
+        fit(model, X, Y, population(), population())
+    fit(model, X, Y, population())  # and not what a fit that broke off left behind
+
+
+def test_a_callback_may_train_in_between() -> None:
+    """Its own batch is plain; what comes after has its population."""
+    seen: list[float] = []
+    model = compiled()
+
+    def train(model: Any) -> None:
+        model.train_on_batch(X[:2], Y[:2])
+
+    def look(batch: int, logs: Any) -> None:
+        seen.append(logs.get("population_agreement", -1))
+
+    fit(
+        model,
+        X,
+        Y,
+        population(),
+        At("on_train_batch_end", train, batch=0),
+        keras.callbacks.LambdaCallback(on_train_batch_end=look),
+    )
+    assert len(seen) == 3
+    assert min(seen) > 0
+
+
+def test_evaluate_and_predict_with_the_callback_are_plain() -> None:
+    model = compiled()
+    with_callback = model.evaluate(X, Y, verbose=0, callbacks=[population()])
+    assert with_callback == model.evaluate(X, Y, verbose=0)
+    np.testing.assert_array_equal(model.predict(X, verbose=0, callbacks=[population()]), model.predict(X, verbose=0))
+
+
+# -- what is left behind -----------------------------------------------------------------------------------------------
+
+
+def attributes(model: Any) -> list[set[str]]:
+    optimizer = model.optimizer
+    return [set(vars(each)) for each in (model, optimizer, *model.layers, *model.metrics)]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_nothing_is_left_behind(broken: bool) -> None:
+    model, other = compiled(), compiled()
+    for each in (model, other):
+        fit(each, X, Y)
+    callbacks = [population(), *([At("on_train_batch_end", fail)] if broken else [])]
+    try:
+        fit(model, X, Y, *callbacks)
+    except RuntimeError:
+        assert broken
+    if broken:
+        fit(model, X, Y)
+    assert attributes(model) == attributes(other)
+    assert "train_step" not in vars(model)
+    assert type(model.train_function) is type(other.train_function)
+
+
+def test_models_are_copied_and_saved_during_and_after_fit(tmp_path: Any) -> None:
+    """What is saved is the mean, bit for bit."""
+    model = compiled()
+    means: list[Any] = []
+    kept: list[Any] = []
+
+    def save(model: Any) -> None:
+        model.save(tmp_path / "during.keras")
+        means.append(weights_of(model))
+        kept.append(copy.deepcopy(model))
+        kept.append(pickle.loads(pickle.dumps(model)))
+        kept.append(keras.models.load_model(tmp_path / "during.keras"))
+
+    fit(model, X, Y, population(), At("on_train_batch_end", save))
+    for other in kept:
+        for weights, mean in zip(weights_of(other), means[0], strict=True):
+            np.testing.assert_array_equal(weights, mean)
+        fit(other, X, Y)
+    clone = keras.models.clone_model(model)
+    clone.compile("sgd", "mse")
+    fit(clone, X, Y)
+    copy.deepcopy(model).fit(X, Y, verbose=0)
+
+
+def test_callbacks_are_copied() -> None:
+    callback = population()
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        fit(compiled(), X, Y, other)
+    fit(compiled(), X, Y, callback)
+    one, other = compiled(), compiled()
+    again = copy.deepcopy(callback)
+    fit(one, X, Y, callback)
+    fit(other, X, Y, again)
+    assert_same(state_of(one), state_of(other))

@@ -11,6 +11,7 @@ __all__ = [
     "BACKEND",
     "WORD",
     "TorchStreams",
+    "after",
     "as_word",
     "assign_here",
     "dense",
@@ -40,18 +41,27 @@ def as_word(values: Any) -> Any:
     return ops.convert_to_tensor(np.asarray(values).astype(_WORD_DTYPE))
 
 
-def assign_here(variable: Any, value: Any) -> None:
+def assign_here(variable: Any, value: Any) -> Any:
     """Assign without telling other replicas: what all of them compute alike needs no mean over them.
 
     ``variable.assign`` of a mirrored TensorFlow variable averages over the replicas, which costs a reduction for each
-    tensor and is not always exact.
+    tensor and is not always exact. Returns what `after` can wait for.
     """
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
-    else:
-        variable.assign(value)
+        return tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+    variable.assign(value)
+    return None
+
+
+def after(operations: list[Any]) -> AbstractContextManager[Any]:
+    """Where what TensorFlow computes waits for assignments: by itself it orders only those to one variable."""
+    if BACKEND != "tensorflow":
+        return nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([operation for operation in operations if operation is not None])
 
 
 def dense(gradient: Any) -> Any:

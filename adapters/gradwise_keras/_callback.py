@@ -57,7 +57,8 @@ class PopulationCallback(keras.callbacks.Callback):
     Raises
     ------
     ValueError, TypeError
-        Bad arguments, by name; in `fit`, a model without an optimizer, or whose ``train_step`` does not apply it once.
+        Bad arguments, by name; in `fit`, a second PopulationCallback, a model without an optimizer, or one whose
+        ``train_step`` does not apply it once.
     RuntimeError
         In `fit`, on JAX with NNX enabled.
 
@@ -135,7 +136,7 @@ class PopulationCallback(keras.callbacks.Callback):
         # What was compiled for an earlier fit will do, unless the model was compiled anew since.
         if self._function is None or not self._function.belongs_to(self.model):
             self._function = PopulationFunction(self.model, self.population, self._perturb, sharded=self.sharded)
-        self._function.install()
+        self._function.install(self.params)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Give the place back."""
@@ -152,7 +153,7 @@ class PopulationCallback(keras.callbacks.Callback):
         """Announce a training step."""
         del batch, logs
         if self._function is not None:
-            self._function.expected = True
+            self._function.announce()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Take in what the members said."""

@@ -17,9 +17,8 @@ __all__ = ["PopulationFunction", "check_trainer"]
 class PopulationFunction:
     """Stands in ``model.train_function`` and runs Keras's own training function around the population's step.
 
-    Nothing else of the model is replaced, except ``train_step`` while the function runs. A call that no
-    ``on_train_batch_begin`` announced comes from a fit without the callback, after one that broke off: it puts the
-    plain function back.
+    Nothing else of the model is replaced, except ``train_step`` while the function runs. A call that was not announced
+    for this fit comes from elsewhere, maybe after a fit that broke off: it puts the plain function back.
 
     Parameters
     ----------
@@ -33,7 +32,9 @@ class PopulationFunction:
 
     def __init__(self, model: Any, population: Population, perturb: Perturb | None, *, sharded: bool) -> None:
         self.plain: Any = plain_function(model)
-        self.expected = False
+        self._expected = False
+        self._fit: Any = None
+        self._history: Any = None
         self._model, self._population, self._perturb, self._sharded = model, population, perturb, sharded
         self._inner = model.train_step
         self._saved: SavedWeights | None = None
@@ -42,18 +43,29 @@ class PopulationFunction:
         if model.built:
             with outside_graph(model):
                 self._step = self._make_step()
+        installed = model.train_function
         with patched(model, train_step=self._train_step):
             model.make_train_function(force=True)
         self._function = model.train_function
-        model.train_function = self.plain
+        model.train_function = installed
 
     def belongs_to(self, model: Any) -> bool:
         """Whether this was made for the model as it is compiled now."""
         return self._model is model and self.plain is plain_function(model)
 
-    def install(self) -> None:
-        """Take the place of the plain function."""
+    def install(self, fit: Any) -> None:
+        """Take the place of the plain function for one fit, of which `fit` is an object that it alone has."""
+        installed = self._model.train_function
+        if isinstance(installed, PopulationFunction) and fit is not None and installed._fit is fit:
+            msg = "`callbacks` must hold one PopulationCallback at most. Received: a second one"
+            raise ValueError(msg)
+        self._expected, self._fit, self._history = False, fit, _history(self._model)
         self._model.train_function = self
+
+    def announce(self) -> None:
+        """Expect to be called for a batch of the fit."""
+        self._model.train_function = self  # a callback may have trained on a batch of its own
+        self._expected = True
 
     def remove(self) -> None:
         """Put the plain function back, if this one is still there."""
@@ -62,10 +74,10 @@ class PopulationFunction:
 
     def __call__(self, *args: Any) -> Any:
         """One execution: the arguments and results of Keras's function."""
-        if not self.expected:
+        expected, self._expected = self._expected and _history(self._model) is self._history, False
+        if not expected:
             self.remove()
             return self.plain(*args)
-        self.expected = False
         try:
             with patched(self._model, train_step=self._train_step):
                 return self._function(*args)
@@ -105,6 +117,11 @@ class PopulationFunction:
             return stateless_step(model, self._inner, members, chosen)
         self._saved = SavedWeights(variables)
         return stateful_step(model, self._inner, members, self._saved)
+
+
+def _history(model: Any) -> Any:
+    """What every fit has its own of, unless the user passes one."""
+    return getattr(model, "history", None)
 
 
 def plain_function(model: Any) -> Any:

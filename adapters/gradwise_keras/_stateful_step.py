@@ -8,6 +8,7 @@ import keras
 from gradwise_keras._backend import (
     BACKEND,
     TorchStreams,
+    after,
     assign_here,
     dense,
     detached,
@@ -53,18 +54,20 @@ class SavedWeights:
     def save(self) -> list[Any]:
         """Take and return the mean."""
         means = [ops.copy(variable.value) for variable in self.variables]
-        if self._moved is not None:
-            for saved, mean in zip(self._saved, means, strict=True):
-                assign_here(saved, mean)
-            assign_here(self._moved, ops.ones((), "int32"))
-        return means
+        if self._moved is None:
+            return means
+        # First all are saved, then the note is made that weights move, and then they do: a step may break off anywhere.
+        with after([assign_here(saved, mean) for saved, mean in zip(self._saved, means, strict=True)]):
+            noted = assign_here(self._moved, ops.ones((), "int32"))
+        with after([noted]):
+            return [ops.copy(mean) for mean in means]
 
     def restore(self, means: list[Any]) -> None:
         """Bring the mean back, bit for bit."""
-        for variable, mean in zip(self.variables, means, strict=True):
-            assign_here(variable, mean)
+        done = [assign_here(variable, mean) for variable, mean in zip(self.variables, means, strict=True)]
         if self._moved is not None:
-            assign_here(self._moved, ops.zeros((), "int32"))
+            with after(done):
+                assign_here(self._moved, ops.zeros((), "int32"))
 
     def rescue(self) -> None:
         """On the host, after a compiled step that raised: bring the mean back if a member was left in place."""
