@@ -148,7 +148,7 @@ def test_projections_are_unbiased_and_exact_from_n_outputs_on() -> None:
 
 
 def test_projections_leave_random_streams_alone_and_go_on_over_epochs() -> None:
-    x, y, dydx = smooth_data(n=8)
+    x, y, dydx = smooth_data(n=20)  # of 2**20 draws, no two are alike
 
     def train(projections: int | None, epochs: list[int], kind: str = "plain") -> tuple[Any, list[float]]:
         model: Any = build(kind)
@@ -156,7 +156,7 @@ def test_projections_leave_random_streams_alone_and_go_on_over_epochs() -> None:
         attach_gradient_matching(model, GradientMatching().fit(x, y, dydx), projections=projections, seed=4)
         losses = []
         for n in epochs:
-            fit: dict[str, Any] = {"batch_size": 8, "shuffle": False, "verbose": 0}
+            fit: dict[str, Any] = {"batch_size": 20, "shuffle": False, "verbose": 0}
             losses += model.fit(x, targets_of(y, dydx), epochs=n, **fit).history["derivative_loss"]
         return model, losses
 

@@ -73,6 +73,26 @@ def test_derivatives_are_exact_and_trainable(name: str) -> None:
     assert (losses[0] - losses[1]) / 6e-3 == pytest.approx(norm, rel=5e-3)  # step**2 and float32 losses
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
+def test_tensorflow_gets_its_moments_back() -> None:
+    import tensorflow as tf
+
+    original = tf.nn.moments
+    seen = []
+
+    def look(x: Any) -> Any:
+        seen.append(tf.nn.moments)
+        return x
+
+    model = keras.Sequential([keras.Input((3,)), layers.Lambda(look), layers.Dense(1)])
+    WithDerivatives(model)(np.ones((2, 3)))
+    assert seen[-1] is not original
+    assert tf.nn.moments is original
+    with pytest.raises(ValueError, match="`model` must return values of shape"):
+        WithDerivatives(keras.Sequential([keras.Input((2, 3)), layers.Dense(1)]))(np.ones((2, 2, 3)))
+    assert tf.nn.moments is original
+
+
 def with_batch_norm() -> Any:
     keras.utils.set_random_seed(0)
     stack = [layers.Dense(8, "tanh"), layers.BatchNormalization(momentum=0.5), layers.Dense(2)]

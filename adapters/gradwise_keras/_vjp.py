@@ -3,6 +3,7 @@
 Reverse mode only: torch differentiates forward mode through layer and batch normalisation wrongly, and silently.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,11 +76,55 @@ def random_streams(x: Tensor) -> Any:
 def _tensorflow(call: Callable[[Tensor], Tensor], x: Tensor) -> Pullback:
     import tensorflow as tf
 
-    with tf.GradientTape(persistent=True) as tape:  # persistent: one product for each output
+    # persistent: one product for each output
+    with _exact_moments, tf.GradientTape(persistent=True) as tape:
         x = tf.identity(x)
         tape.watch(x)
         outputs = call(x)
     return Pullback(outputs, lambda cotangents: tape.gradient(outputs, x, output_gradients=cotangents), [])
+
+
+class _ExactMoments:
+    """Within it, `tf.nn.moments` is exact to all orders.
+
+    TensorFlow holds the mean constant inside the variance. That is right for first derivatives and, silently, wrong for
+    second ones: 1.3 % of a training gradient through LayerNormalization in a small test. Replicas are traced in several
+    threads, so the last one to leave puts TensorFlow's own function back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._original: Any = None
+
+    def __enter__(self) -> None:
+        import tensorflow as tf
+
+        with self._lock:
+            if self._inside == 0:
+                self._original, tf.nn.moments = tf.nn.moments, _moments
+            self._inside += 1
+
+    def __exit__(self, *args: object) -> None:
+        import tensorflow as tf
+
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                tf.nn.moments = self._original
+
+
+_exact_moments = _ExactMoments()
+
+
+def _moments(x: Tensor, axes: Any, shift: Any = None, keepdims: bool = False, name: Any = None) -> Any:
+    """Mean and variance, with the arguments of `tf.nn.moments`, which does not use `shift` either."""
+    import tensorflow as tf
+
+    del shift, name
+    mean: Any = tf.reduce_mean(x, axes, keepdims=True)
+    variance: Any = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=True)
+    return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))
 
 
 def _torch(call: Callable[[Tensor], Tensor], x: Tensor) -> Pullback:
