@@ -40,6 +40,7 @@ bench: bench-speed
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/relative_noise.py
+	$(BIN)/python benchmarks/keras_speed.py
 
 venv: .venv/.test
 	$(INSTALL) ".[torch,keras,tensorflow,jax,lightning,transformers,plot,bench,test,docs]"

@@ -261,3 +261,23 @@ def test_rule_counts_its_misses() -> None:
     slower = Cell("c", 1, 1, False, 1.0, 1.0, 4.0, "vmap", "vmap")
     assert [cell.model for cell in misses([fine, slow, slower])] == ["c", "b"]
     assert len(fine.texts()) == len(slow.texts()) == 10
+
+
+# -- Keras -------------------------------------------------------------------------------------------------------------
+
+
+def test_keras_speed_runs_and_its_table_has_ratios(tmp_path: Path) -> None:
+    import keras_speed
+
+    out = tmp_path / "keras_speed.json"
+    quick = ["--backends", "torch", "--models", "MLP 64-128-10", "--repeats", "1", "--batches", "1"]
+    keras_speed.main([*quick, "--out", str(out)])
+    results = json.loads(out.read_text())
+    ways = results["torch"]["MLP 64-128-10"]
+    assert {"plain", "8 members", "WithDerivatives, one output"} <= set(ways)
+    header, body = keras_speed.rows(
+        {"torch": {"m": {"plain": {"first": 3.0, "later": 2.0}, "a": {"first": 9.0, "later": 5.0}}}}
+    )
+    assert len(header) == len(body[0]) == 3
+    assert body[1][2] == "2.50x (9.0 s)"
+    assert out.with_suffix(".md").exists()

@@ -31,7 +31,7 @@ def test_readme_snippets_run(code: str) -> None:
 
 
 def test_readme_has_a_snippet_for_each_plugin() -> None:
-    assert len(snippets()) == 2
+    assert len(snippets()) == 4
 
 
 def test_wing_weight_derivatives_equal_central_differences() -> None:

@@ -227,19 +227,21 @@ def test_the_core_imports_no_framework() -> None:
     assert imported_frameworks("import gradwise, torch") == "torch"  # the check itself can fail
 
 
-WITHOUT_TORCH = """
+WITHOUT = """
 import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        if name.partition(".")[0] == "{0}":
+            raise ModuleNotFoundError("No module named '{0}'", name="{0}")
 
 sys.meta_path.insert(0, Absent())
-import gradwise.torch
+import gradwise.{0}
 """
 
 
-def test_a_missing_torch_is_explained() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
-    assert 'pip install "gradwise[torch]"' in done.stderr
+@pytest.mark.parametrize(("framework", "extra"), [("torch", "torch"), ("keras", "tensorflow")])
+def test_a_missing_framework_is_explained(framework: str, extra: str) -> None:
+    code = WITHOUT.format(framework)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f'pip install "gradwise[{extra}]"' in done.stderr

@@ -1,24 +1,38 @@
 """The public names, which users and other tests rely on."""
 
 import pickle
+from types import ModuleType
 
 import pytest
 
 import gradwise
+import gradwise.keras
 import gradwise.torch
 
 CORE = {"DerivativeScaler", "Population", "__version__", "gradient_matching_loss"}
+KERAS = {
+    "GradientMatching",
+    "MeanWeights",
+    "PopulationCallback",
+    "PopulationGradient",
+    "WithDerivatives",
+    "attach_gradient_matching",
+}
 TORCH = {"GradientMatching", "PopulationGradient", "jvp", "teacher_jacobian", "value_and_jacobian", "vjp"}
 
 
 def test_names() -> None:
     assert set(gradwise.__all__) == CORE
     assert set(gradwise.torch.__all__) == TORCH
+    assert set(gradwise.keras.__all__) == KERAS
 
 
-@pytest.mark.parametrize("name", sorted(TORCH))
-def test_torch_names_live_where_users_import_them(name: str) -> None:
-    public = getattr(gradwise.torch, name)
-    assert public.__module__ == "gradwise.torch"
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [*((gradwise.torch, name) for name in sorted(TORCH)), *((gradwise.keras, name) for name in sorted(KERAS))],
+)
+def test_names_live_where_users_import_them(module: ModuleType, name: str) -> None:
+    public = getattr(module, name)
+    assert public.__module__ == module.__name__
     assert public.__doc__
     assert pickle.loads(pickle.dumps(public)) is public
