@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import keras
 
-from gradwise_keras._batch_coupling import patched
+from gradwise_keras._backend import ops, patched
 from gradwise_keras._derivatives import Linearization, linearize
 from gradwise_keras._matching_loss import GradientMatching
 from gradwise_keras._projections import DerivativeLossTracker, draw_outputs
@@ -17,7 +17,6 @@ from gradwise_keras._vjp import outside_compilation
 
 __all__ = ["AttachedMatching", "attach_gradient_matching"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 
 _MARK = "_gradwise_attached"
@@ -132,7 +131,7 @@ class AttachedMatching:
             ("fit", self._fit_scales_and_model),
             ("_compute_loss_has_training_arg", True),
         ):
-            self._installed.enter_context(patched(model, name, value))
+            self._installed.enter_context(patched(model, **{name: value}))
         model._metrics.append(self._tracker)
         self._forget_compiled_steps()
 

@@ -13,11 +13,12 @@ from weakref import WeakSet
 
 import keras
 
+from gradwise_keras._backend import ops, patched
+
 __all__ = [
     "coupled_layers",
     "kept_losses",
     "moving_statistics",
-    "patched",
     "replayed",
     "state_before",
     "unchanged",
@@ -25,7 +26,6 @@ __all__ = [
     "without_cudnn",
 ]
 
-ops: Any = keras.ops  # Keras types its results as optional
 
 _warned: WeakSet[keras.Model] = WeakSet()
 
@@ -67,7 +67,7 @@ def moving_statistics(layers: list[keras.layers.Layer]) -> Iterator[None]:
     """Let `layers`, and no others, run as in inference."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(patched(layer, "call", _inference(layer.call)))
+            stack.enter_context(patched(layer, call=_inference(layer.call)))
         yield
 
 
@@ -90,23 +90,8 @@ def without_cudnn(model: keras.Model) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in model._flatten_layers():
             if getattr(layer, "use_cudnn", False):
-                stack.enter_context(patched(layer, "use_cudnn", False))
+                stack.enter_context(patched(layer, use_cudnn=False))
         yield
-
-
-@contextmanager
-def patched(owner: object, name: str, value: object) -> Iterator[None]:
-    """Give one object another attribute, past Keras's tracking, and take it back exactly."""
-    own = vars(owner)
-    had, previous = name in own, own.get(name)
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if had:
-            object.__setattr__(owner, name, previous)
-        else:
-            object.__delattr__(owner, name)
 
 
 def warn_once(model: keras.Model) -> None:

@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 import keras
 
+from gradwise_keras._backend import ops
 from gradwise_keras._batch_coupling import (
     coupled_layers,
     kept_losses,
@@ -21,7 +22,6 @@ from gradwise_keras._vjp import Pullback, call_with_pullback, random_streams
 
 __all__ = ["Linearization", "count_outputs", "linearize"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 
 _checked: WeakSet[keras.Model] = WeakSet()

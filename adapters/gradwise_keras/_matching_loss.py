@@ -9,11 +9,11 @@ import numpy as np
 from gradwise._matching import LOSSES, known_entries, known_weight, matching_numerators, reduce_terms
 from gradwise._matching_data import scale_from_data
 from gradwise._matching_scale import SCALES, MatchingScale
+from gradwise_keras._backend import ops
 from gradwise_keras._target_shapes import as_jacobian, as_weight
 
 __all__ = ["GradientMatching"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import keras
 
+from gradwise_keras._backend import ops
+
 __all__ = ["DerivativeLossTracker", "draw_outputs"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 
 

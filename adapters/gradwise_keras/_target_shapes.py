@@ -6,13 +6,11 @@ by row with every row. Sizes may be None in a TensorFlow graph; those are left t
 
 from typing import Any
 
-import keras
-
 from gradwise._matching_data import accepted_text, jacobian_shapes, shape_text
+from gradwise_keras._backend import ops
 
 __all__ = ["as_jacobian", "as_weight"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 Shape = tuple[Any, ...]
 

@@ -9,11 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from gradwise_keras._backend import ops
 from gradwise_keras._matching_loss import GradientMatching
 
 __all__ = ["check_targets", "fit_scales"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 
 _REMEDY = "Call `matching.fit(X, y, dydx)` on the GradientMatching with (a sample of) the training data before"

@@ -4,6 +4,7 @@ from typing import Any, Self
 
 import keras
 
+from gradwise_keras._backend import ops
 from gradwise_keras._derivatives import Linearization, linearize
 from gradwise_keras._matching_loss import GradientMatching
 from gradwise_keras._training_data import check_targets, fit_scales
@@ -11,7 +12,6 @@ from gradwise_keras._vjp import outside_compilation
 
 __all__ = ["WithDerivatives"]
 
-ops: Any = keras.ops  # Keras types its results as optional
 Tensor = Any
 
 
