@@ -1,8 +1,10 @@
 """PopulationCallback where users push: own training steps, faults, callbacks, several fits, odd data."""
 
+import contextlib
 import copy
 import math
 import pickle
+import threading
 from typing import Any
 
 import keras
@@ -11,6 +13,8 @@ import pytest
 from keras_cells import (
     BACKEND,
     KERAS_WARNING,
+    Fails,
+    Subclassed,
     assert_same,
     assign,
     batches_of,
@@ -19,6 +23,7 @@ from keras_cells import (
     fit,
     numpy_of,
     ops,
+    sequential,
     state_of,
     train_by_hand,
     weights_of,
@@ -208,22 +213,6 @@ class At(keras.callbacks.Callback):
 
 def fail(model: Any) -> None:
     raise RuntimeError("on purpose")
-
-
-class Fails(keras.losses.Loss):
-    """Raises inside the compiled step (or, on JAX, at its first trace) where a target is large."""
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        loss = ops.mean(ops.square(y_true - y_pred), axis=-1)
-        if BACKEND == "tensorflow":
-            import tensorflow as tf
-
-            return tf.debugging.check_numerics(loss, "on purpose")
-        if BACKEND == "jax":
-            raise FloatingPointError("on purpose")
-        if not bool(ops.all(ops.isfinite(loss))):
-            raise FloatingPointError("on purpose")
-        return loss
 
 
 def twin(model: Any, **options: Any) -> Any:
@@ -434,3 +423,287 @@ def test_callbacks_are_copied() -> None:
     fit(one, X, Y, callback)
     fit(other, X, Y, again)
     assert_same(state_of(one), state_of(other))
+
+
+# -- precision, optimizers, callbacks of Keras -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def policy(name: str) -> Any:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("how", ["global", "explicit", "bfloat16"])
+def test_mixed_precision(how: str) -> None:
+    """The scaled loss is unscaled, and sigma 0 is plain."""
+    inner = {"explicit": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8.0)}
+    with policy({"global": "mixed_float16", "explicit": "float32", "bfloat16": "mixed_bfloat16"}[how]):
+        models = [compiled(optimizer=inner.get(how, lambda: None)(), metrics=None) for _ in range(3)]
+    assert isinstance(models[0].optimizer, keras.optimizers.LossScaleOptimizer) == (how != "bfloat16")
+    fit(models[0], X, Y, population(sigma=0.0))
+    fit(models[1], X, Y)
+    assert_same(state_of(models[0]), state_of(models[1]), rtol=1e-2 if BACKEND == "jax" else 1e-6, atol=1e-6)
+    start = weights_of(models[2])
+    fit(models[2], X, Y, population())
+    assert not np.array_equal(start[0], weights_of(models[2])[0])
+
+
+def test_infinite_gradients_skip_the_step() -> None:
+    model = compiled(optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8.0))
+    before = weights_of(model)
+    bad = np.full_like(Y, np.inf)
+    fit(model, X[:4], bad[:4], population())
+    assert_weights(model, before)
+    assert float(numpy_of(model.optimizer.dynamic_scale)) == 4.0
+    assert int(numpy_of(model.optimizer.iterations)) == 0
+    fit(model, X[:4], Y[:4], population())
+    assert int(numpy_of(model.optimizer.iterations)) == 1
+    assert np.all(np.isfinite(weights_of(model)[0]))
+
+
+class Looks(keras.callbacks.Callback):
+    """Weights at every moment that has the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[Any]]] = []
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seen.append(("batch", weights_of(self.model)))
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self.seen.append(("test", weights_of(self.model)))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        assert {"population_agreement", "population_spread", "val_loss"} <= set(logs)
+        assert "val_population_agreement" not in logs
+        self.seen.append(("epoch", weights_of(self.model)))
+
+
+def test_callbacks_and_validation_see_the_mean(tmp_path: Any) -> None:
+    """The mean is that of a loop by hand with the same population; validation is `evaluate` there."""
+    model, other = compiled(optimizer=keras.optimizers.SGD(0.1)), compiled(optimizer=keras.optimizers.SGD(0.1))
+    looks = Looks()
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True)
+    history = fit(
+        model, X[:8], Y[:8], population(), looks, checkpoint, validation_data=(X, Y), validation_batch_size=10
+    )
+    for batch, (moment, weights) in zip(batches_of(X[:8], Y[:8]), looks.seen, strict=False):
+        train_by_hand(other, [batch], Population(2, 0.3, seed=5))
+        assert moment == "batch"
+        for value, expected in zip(weights, weights_of(other), strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+    for moment, weights in looks.seen[2:]:
+        assert moment != "batch"
+        assert_weights(model, weights)
+    assert model.evaluate(X, Y, batch_size=10, verbose=0)[0] == pytest.approx(history["val_loss"][0], rel=1e-6)
+    other.load_weights(tmp_path / "1.weights.h5")
+    assert_weights(other, weights_of(model))
+
+
+def test_the_usual_callbacks(tmp_path: Any) -> None:
+    model = compiled(optimizer=keras.optimizers.SGD(0.05))
+    best: list[Any] = []
+    low = math.inf
+
+    def keep(epoch: int, logs: Any) -> None:
+        nonlocal low
+        if logs["val_loss"] < low:
+            low = logs["val_loss"]
+            best[:] = weights_of(model)
+
+    history = fit(
+        model,
+        X,
+        Y,
+        population(sigma=1.0),
+        keras.callbacks.LambdaCallback(on_epoch_end=keep),
+        keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau(monitor="population_spread", mode="min", patience=0, min_delta=1e9),
+        keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+        validation_split=0.3,
+        epochs=6,
+    )
+    assert_weights(model, best)
+    assert history["learning_rate"][0] > history["learning_rate"][-1]
+    assert "population_agreement" in (tmp_path / "log.csv").read_text()
+
+
+def test_later_epochs_need_no_earlier_ones() -> None:
+    history = fit(compiled(), X, Y, population(), epochs=3, initial_epoch=2)
+    assert len(history["population_agreement"]) == 1
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def sources() -> dict[str, Any]:
+    class Dataset(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            return X[4 * index : 4 * index + 4], Y[4 * index : 4 * index + 4]
+
+    def generator() -> Any:
+        while True:
+            yield from ((X[at : at + 4], Y[at : at + 4]) for at in (0, 4, 8))
+
+    import torch
+
+    def frame() -> Any:
+        return torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
+
+    return {
+        "PyDataset": lambda: (Dataset(), {"shuffle": False}),
+        "generator": lambda: (generator(), {"steps_per_epoch": 3, "shuffle": False}),
+        "DataLoader": lambda: (torch.utils.data.DataLoader(frame(), batch_size=4), {"shuffle": False}),
+    }
+
+
+@pytest.mark.parametrize("source", ["PyDataset", "generator", "DataLoader"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_sources_of_data(source: str, sharded: bool) -> None:
+    one, other = compiled(), compiled()
+    batches, options = sources()[source]()
+    fit(one, batches, None, population(4, sharded=sharded), **options)
+    fit(other, X, Y, population(4, sharded=sharded))
+    assert_same(state_of(one), state_of(other), rtol=1e-6, atol=1e-7)
+
+
+def test_shards_of_sequences_of_any_length() -> None:
+    """Rows are known, lengths are not."""
+
+    def model() -> Any:
+        keras.utils.set_random_seed(0)
+        stack = [keras.Input((None, 3)), keras.layers.Dense(4), keras.layers.GlobalAveragePooling1D()]
+        made = keras.Sequential([*stack, keras.layers.Dense(2)])
+        made.compile(keras.optimizers.SGD(0.1), "mse")
+        return made
+
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(size=(4, length, 3)).astype("float32"), Y[:4]) for length in (2, 3, 5, 2)]
+    one, other = model(), model()
+    fit(one, (batch for batch in batches), None, population(sharded=True), steps_per_epoch=4, shuffle=False)
+    train_by_hand(other, [(*batch, None) for batch in batches], Population(2, 0.3, seed=5), sharded=True)
+    for weights, expected in zip(weights_of(one), weights_of(other), strict=True):
+        np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_unequal_rows_cannot_be_shared_out() -> None:
+    a, b = keras.Input((3,)), keras.Input((2,))
+    model = keras.Model([a, b], keras.layers.Dense(1)(a))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="equally many rows"):
+        fit(
+            model,
+            (batch for batch in [((X[:4], Y[:3]), Y[:4, :1])]),
+            None,
+            population(sharded=True),
+            steps_per_epoch=1,
+            shuffle=False,
+        )
+
+
+class Masks(keras.layers.Layer):
+    """Keeps the masks of a dropout that has no seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = keras.layers.Dropout(0.5)
+        self.kept: list[Any] = []
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        mask = self.dropout(ops.ones((16, 16)), training=training)
+        if (training and hasattr(x, "numpy")) or BACKEND == "torch":
+            self.kept.append(numpy_of(mask))
+        return x * ops.mean(mask)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="it traces also where it runs eagerly")
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_masks_are_shared_by_members_of_one_batch_alone(sharded: bool) -> None:
+    masks = Masks()
+    model = keras.Sequential([keras.Input((3,)), masks, keras.layers.Dense(2)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    masks.kept.clear()
+    fit(model, X[:8], Y[:8], population(sharded=sharded))
+    first, second, third, fourth = masks.kept[-4:]
+    assert np.array_equal(first, second) == np.array_equal(third, fourth) == (not sharded)
+    assert not np.array_equal(first, third)
+
+
+def test_unbuilt_subclassed_models() -> None:
+    """Built by the first batch; the first step may be traced twice, and has one population."""
+    keras.utils.set_random_seed(0)
+    model = Subclassed()
+    model.compile("sgd", "mse")
+    history = fit(model, X, Y, population(), epochs=2)
+    assert min(history["population_agreement"]) > 0
+    assert int(numpy_of(model.optimizer.iterations)) == 6
+
+
+def test_fit_in_a_thread() -> None:
+    model, other = compiled(), compiled()
+    thread = threading.Thread(target=lambda: fit(model, X, Y, population()))
+    thread.start()
+    thread.join()
+    fit(other, X, Y, population())
+    assert_same(state_of(model), state_of(other))
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "error"),
+    [
+        ({"population_size": 3}, "population_size", ValueError),
+        ({"population_size": 0}, "population_size", ValueError),
+        ({"population_size": 2.0}, "population_size", ValueError),
+        ({"sigma": -1}, "sigma", ValueError),
+        ({"sigma": math.nan}, "sigma", ValueError),
+        ({"sigma": "0.1"}, "sigma", TypeError),
+        ({"sharded": 1}, "sharded", TypeError),
+        ({"scale": "layer"}, "scale", ValueError),
+        ({"noise": "uniform"}, "noise", ValueError),
+        ({"perturb": ["kernel"]}, "perturb", TypeError),
+        ({"seed": -1}, "seed", ValueError),
+        ({"seed": 1.5}, "seed", ValueError),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], name: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"`{name}`"):
+        PopulationCallback(**options)
+
+
+def test_models_without_an_optimizer_are_refused() -> None:
+    model = sequential()
+    model.compile(optimizer=None, loss="mse")
+    with pytest.raises(ValueError, match="compiled with an optimizer"):
+        fit(model, X, Y, population())
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a layer of torch")
+def test_buffers_of_torch_modules_count_once() -> None:
+    """As the statistics of Keras's own batch normalisation: sigma 0 is plain."""
+    import torch
+
+    models: list[Any] = []
+    for callbacks in ([population(4, 0.0)], []):
+        keras.utils.set_random_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        wrapper = keras.layers.TorchModuleWrapper(module, output_shape=(None, 4))
+        model = keras.Sequential([keras.Input((3,)), wrapper, keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+        fit(model, X, Y, *callbacks)
+        models.append(module)
+    for (name, value), expected in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        np.testing.assert_array_equal(value.numpy(), expected.numpy(), err_msg=name)

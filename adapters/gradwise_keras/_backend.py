@@ -10,6 +10,7 @@ import numpy as np
 __all__ = [
     "BACKEND",
     "WORD",
+    "TorchBuffers",
     "TorchStreams",
     "after",
     "as_word",
@@ -151,6 +152,31 @@ def patched(target: Any, **attributes: Any) -> Iterator[None]:
                 object.__setattr__(target, name, own[name])
             else:
                 object.__delattr__(target, name)
+
+
+class TorchBuffers:
+    """Buffers of the torch modules inside a model, which are state but no variables; none on other backends."""
+
+    def __init__(self, model: Any) -> None:
+        self._buffers: dict[int, Any] = {}
+        if BACKEND == "torch":
+            wrappers = [
+                layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.TorchModuleWrapper)
+            ]
+            self._buffers = {id(buffer): buffer for wrapper in wrappers for buffer in wrapper.module.buffers()}
+        self._start = self.values()
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._buffers
+
+    def values(self) -> dict[int, Any]:
+        """Copies of what they hold, by id."""
+        return {key: buffer.clone() for key, buffer in self._buffers.items()}
+
+    def write(self, values: dict[int, Any]) -> None:
+        """Give those of `values` theirs, and the others what they held at first."""
+        for key, buffer in self._buffers.items():
+            buffer.copy_(values.get(key, self._start[key]))
 
 
 class TorchStreams:

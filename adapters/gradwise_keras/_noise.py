@@ -82,6 +82,6 @@ class StepNoise:
                 window = ops.slice(self._table, [self._offsets[stream][place]], [length])
                 parts.append(window * self._signs[stream][place])
                 place += 1
-            flat = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+            flat = parts[0] if len(parts) == 1 else ops.concatenate([*parts, self._table[:0]])
             result.append(ops.reshape(flat, shape))
         return result

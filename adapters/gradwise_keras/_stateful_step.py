@@ -7,6 +7,7 @@ import keras
 
 from gradwise_keras._backend import (
     BACKEND,
+    TorchBuffers,
     TorchStreams,
     after,
     assign_here,
@@ -124,7 +125,7 @@ def stateful_step(
     trainable = {id(variable) for variable in model.trainable_variables}
 
     def step(data: Any) -> dict[str, Any]:
-        streams = TorchStreams()
+        streams, buffers = TorchStreams(), TorchBuffers(model)
         assigned: dict[int, Any] = {}
         taps: list[Tap] = []
 
@@ -133,13 +134,15 @@ def stateful_step(
                 streams.rewind()
             for variable, value in zip(saved.variables, weights, strict=True):
                 assign_here(variable, value)
+            buffers.write(start)
+            start = {key: value for key, value in start.items() if key not in buffers}
             with _Updates(start, assigned) as scope, tapped(model) as tap, gradients():
                 logs = inner(part)
             taps.append(tap)
             check_weights_unwritten([assigned[key].path for key in scope.state if key in trainable])
-            return Outcome(
-                as_tensors(logs), [dense(g) for g in tap.collected()], detached(tap.loss(model.metrics)), scope.state
-            )
+            state = {**scope.state, **buffers.values()}
+            collected = [dense(gradient) for gradient in tap.collected()]
+            return Outcome(as_tensors(logs), collected, detached(tap.loss(model.metrics)), state)
 
         with no_gradients():
             counter = ops.copy(counter_of(model.optimizer).value)
@@ -148,8 +151,11 @@ def stateful_step(
                 mean = members.step(counter, means, data, run)
             finally:
                 saved.restore(means)
+                buffers.write({})
+            buffers.write(mean.state)
             for key, value in mean.state.items():
-                assigned[key].assign(value)
+                if key not in buffers:
+                    assigned[key].assign(value)
             model.optimizer.apply(mean.gradients, taps[0].variables)
             return metrics_result(taps[0].updated, mean.logs)
 
