@@ -380,6 +380,15 @@ def test_variables_are_the_optimizers_alone() -> None:
     assert [tuple(mean.shape) for mean in optimizer._means] == [(3, 4), (4, 2)]
 
 
+def test_weights_of_an_optimizer_are_all_of_its_variables() -> None:
+    one, other = (compiled(optimizer=PopulationGradient(Adam(0.1), seed=3)) for _ in range(2))
+    one.train_on_batch(*data())
+    other.optimizer.build(other.trainable_variables)
+    other.set_weights(one.get_weights())
+    other.optimizer.set_weights([numpy_of(variable) for variable in one.optimizer.variables])
+    assert_same(training_state(other), training_state(one))
+
+
 # -- who sees what -----------------------------------------------------------------------------------------------------
 
 

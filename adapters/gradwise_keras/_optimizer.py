@@ -137,6 +137,12 @@ class PopulationGradient(keras.optimizers.Optimizer):
         """Own variables and the inner optimizer's."""
         return [*self._variables, *self.inner_optimizer.variables]
 
+    def set_weights(self, weights: list[Any]) -> None:
+        """Set the values of `variables`."""
+        own = len(self._variables)
+        super().set_weights(weights[:own])
+        self.inner_optimizer.set_weights(weights[own:])
+
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Step from the mean with gradients that were taken at a member, and go to the next member."""
         if len(grads) == 0:  # as any Keras optimizer
