@@ -208,7 +208,7 @@ def streams() -> tuple[Any, ...]:
     return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist(), own
 
 
-def assert_same(left: dict[str, Array], right: dict[str, Array], **tolerance: float) -> None:
+def assert_same(left: dict[str, Array], right: dict[str, Array], **tolerance: Any) -> None:
     """Equal, bit for bit if no tolerance is given; names may differ in the counters that Keras puts into them."""
     assert len(left) == len(right)
     for (name, a), b in zip(left.items(), right.values(), strict=True):
@@ -229,9 +229,10 @@ def assign(variables: Any, values: Any) -> None:
 def forward_and_backward(model: Any, x: Any, y: Any, sample_weight: Any) -> tuple[list[Any], float]:
     """Gradients and loss of a model as it stands, which it leaves as a training step does except for its weights."""
     variables = model.trainable_variables
-    x, y, sample_weight = keras.tree.map_structure(
+    batch: Any = keras.tree.map_structure(
         lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (x, y, sample_weight)
     )
+    x, y, sample_weight = batch
 
     def loss_of() -> Any:
         y_pred = model(x, training=True)

@@ -14,6 +14,7 @@ from keras_cells import (
     RTOL,
     WIDE,
     assert_same,
+    assign,
     batches_of,
     compiled,
     data,
@@ -35,6 +36,12 @@ from gradwise.keras import PopulationCallback
 from gradwise.torch import PopulationGradient
 from gradwise_keras._noise import Noise
 
+SIZE = 2 if BACKEND == "jax" else 4  # where the loop over members is compiled, every one of them is
+
+# What differs by backend; the others, on torch, where nothing has to be compiled.
+SPECIAL = ["subclassed", "regularized", "batch_norm", "dropout", "unseeded dropout", "frozen", "embedding"]
+NAMES = list(MODELS) if BACKEND == "torch" else SPECIAL
+
 pytestmark = pytest.mark.filterwarnings(KERAS_WARNING)
 
 
@@ -51,36 +58,25 @@ def assert_as_by_hand(
 ) -> None:
     """Train twice in the widest floats, and compare weights, state and what the members said."""
     how = {"sigma": 0.3, "seed": 5, **how}
+    callback = PopulationCallback(how.pop("size", SIZE), sharded=sharded, perturb=perturb, **how)
     with floats(WIDE):
         x, y = data(rows)
         one, other = (compiled(name, optimizer=None if optimizer is None else optimizer()) for _ in range(2))
-        other(x[:1])  # builds what is not
         for model in (one, other):
-            keras.utils.set_random_seed(1)  # which sets torch's stream, that dropout without a seed draws from
-            model.optimizer.build(model.trainable_variables) if model.built else None
-            if model is one:
-                callback = PopulationCallback(how.pop("size", 4), sharded=sharded, perturb=perturb, **how)
-                if not one.built:
-                    one(x[:1])
-                    one.optimizer.build(one.trainable_variables)
-                start = weights_of(one)
-                history = fit(one, x, y, callback, epochs=epochs)
-            else:
-                for variable, value in zip(other.trainable_variables, start, strict=True):
-                    variable.assign(value)
-                said = train_by_hand(
-                    other,
-                    batches_of(x, y, epochs=epochs),
-                    callback.population,
-                    sharded=sharded,
-                    perturb=perturb,
-                    sigma=schedule,
-                )
-        state, expected = state_of(one), state_of(other)
-        for both in (state, expected):
-            for key in [key for key in both if key.startswith("metric")]:
-                del both[key]
-        assert_same(state, expected, rtol=RTOL, atol=ATOL)
+            model(x[:1])  # builds what is not
+            model.optimizer.build(model.trainable_variables)
+        assign(other.variables, [numpy_of(variable) for variable in one.variables])
+        history = fit(one, x, y, callback, epochs=epochs)
+        said = train_by_hand(
+            other,
+            batches_of(x, y, epochs=epochs),
+            callback.population,
+            sharded=sharded,
+            perturb=perturb,
+            sigma=schedule,
+        )
+        left, right = ({key: v for key, v in state_of(m).items() if "metric" not in key} for m in (one, other))
+        assert_same(left, right, rtol=RTOL, atol=ATOL)
     steps = len(said.loss) // epochs
     last = slice(len(said.loss) - steps, None)
     assert history["loss"][-1] == pytest.approx(np.average(said.loss[last], weights=said.rows[last]), rel=1e-5)
@@ -88,7 +84,7 @@ def assert_as_by_hand(
     assert history["population_spread"][-1] == pytest.approx(np.mean(said.spread[last]), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "unseeded dropout"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "unseeded dropout"])
 def test_trains_as_the_loop_by_hand(name: str) -> None:
     assert_as_by_hand(name)
 
@@ -99,14 +95,14 @@ def test_shards_train_as_the_loop_by_hand(name: str) -> None:
     assert_as_by_hand(name, rows=10 if name == "dropout" else 11, sharded=True, size=2 if name == "batch_norm" else 4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "frozen"])
 def test_sigma_zero_is_plain_fit(name: str) -> None:
     one, other = compiled(name), compiled(name)
     x, y = data()
     states, histories, ends = [], [], []
     for model in (one, other):
         keras.utils.set_random_seed(2)
-        callbacks = [PopulationCallback(4, 0.0, seed=0)] if model is one else []
+        callbacks = [PopulationCallback(SIZE, 0.0, seed=0)] if model is one else []
         if not model.built:
             model(x[:1])
         histories.append(fit(model, x, y, *callbacks, epochs=2))
@@ -216,7 +212,7 @@ def test_seeds() -> None:
     assert (first.population.seed, second.population.seed) == (4, 5)
 
 
-@pytest.mark.parametrize("resumed", ["model", "weights"])
+@pytest.mark.parametrize("resumed", ["model", "weights"] if BACKEND == "torch" else ["model"])
 def test_resume_is_exact(resumed: str, tmp_path: Any) -> None:
     x, y = data(8)
     whole, first = compiled("batch_norm"), compiled("batch_norm")
@@ -263,7 +259,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not (BACKEND == "torch" and way in ("xla", "executions"))])
 def test_ways_to_run_agree(way: str) -> None:
-    one, other = compiled("dropout"), compiled("dropout", **WAYS[way])
+    # Not dropout: XLA draws other numbers on TensorFlow.
+    one, other = compiled("batch_norm"), compiled("batch_norm", **WAYS[way])
     for model in (one, other):
         fit(model, *data(), PopulationCallback(2, 0.3, seed=5))
     assert_same(state_of(one), state_of(other), rtol=1e-5, atol=1e-6)

@@ -74,8 +74,8 @@ class Guided(keras.Model):
         x, y = batch[0], batch[1]
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(y=y, y_pred=y_pred)
-        gradients = tape.gradient(loss, self.trainable_variables)
+            loss: Any = self.compute_loss(y=y, y_pred=y_pred)
+        gradients: Any = tape.gradient(loss, self.trainable_variables)
         if self.twist != "never":
             self.optimizer.apply(gradients, self.trainable_variables)
         if self.twist == "twice":
@@ -90,7 +90,7 @@ class Guided(keras.Model):
         x, y = batch[0], batch[1]
         self.zero_grad()
         y_pred = self(x, training=True)
-        loss = self.compute_loss(y=y, y_pred=y_pred)
+        loss: Any = self.compute_loss(y=y, y_pred=y_pred)
         loss.backward()
         gradients = [v.value.grad for v in self.trainable_weights]
         with torch.no_grad():
@@ -102,10 +102,11 @@ class Guided(keras.Model):
                 self.trainable_variables[0].assign(ops.clip(self.trainable_variables[0], -0.1, 0.1))
         return self._logs(y, y_pred, loss)
 
-    def compute_loss_and_updates(  # pyright: ignore[reportIncompatibleMethodOverride] - as in the guide
+    def compute_loss_and_updates(
         self, trainable: Any, non_trainable: Any, x: Any, y: Any, training: bool = False
     ) -> Any:
-        y_pred, non_trainable = self.stateless_call(trainable, non_trainable, x, training=training)
+        called: Any = self.stateless_call(trainable, non_trainable, x, training=training)
+        y_pred, non_trainable = called
         return self.compute_loss(x, y, y_pred), (y_pred, non_trainable)
 
     def step_jax(self, state: Any, batch: Any) -> Any:
@@ -685,7 +686,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], name: str, error: type
 
 
 def test_models_without_an_optimizer_are_refused() -> None:
-    model = sequential()
+    model: Any = sequential()
     model.compile(optimizer=None, loss="mse")
     with pytest.raises(ValueError, match="compiled with an optimizer"):
         fit(model, X, Y, population())

@@ -49,7 +49,11 @@ class Perturbation:
         if not ops.is_tensor(sigma):
             sigma = check_sigma(sigma)
         wides = [wide(mean) for mean in means]
-        scales = [self._population.scale_of(values, sigma=sigma, filter_axis=-1, xp=ops) for values in wides]
+        sigmas = [ops.cast(sigma, values.dtype) if ops.is_tensor(sigma) else sigma for values in wides]
+        scales = [
+            self._population.scale_of(values, sigma=size, filter_axis=-1, xp=ops)
+            for values, size in zip(wides, sigmas, strict=True)
+        ]
 
         def member_weights(member: Any) -> list[Any]:
             stream, sign = self._population.stream_of(member, paired=self._paired)
