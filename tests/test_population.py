@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwise import Population
-from gradwise._statistics import gradient_agreement, running_mean, sharpness
+from gradwise._statistics import gradient_agreement, loss_spread, running_mean, sharpness
 
 words = st.integers(0, 2**64 - 1)
 keys = st.fixed_dictionaries({"rank": words, "step": words, "member": words, "tensor": words})
@@ -207,6 +207,13 @@ def test_agreement_counts_members_by_their_size(xp: ModuleType, array: Any) -> N
     assert float(agreement) == pytest.approx((9 + 4) / 16 / (7 / 4))
     assert math.isnan(float(gradient_agreement(array(1.0), array([math.nan, 1.0]), sizes=array([1.0, 1.0]), xp=xp)))
     assert float(gradient_agreement(array(0.0), array([0.0, 0.0]), sizes=array([1.0, 1.0]), xp=xp)) == 1
+
+
+@pytest.mark.parametrize(("xp", "array"), namespaces())
+def test_spread_is_over_the_members_that_count(xp: ModuleType, array: Any) -> None:
+    losses, counted = array([3.0, 7.0, 5.0, 99.0]), array([1.0, 1.0, 1.0, 0.0]) > 0
+    assert float(loss_spread(losses, counted, xp=xp)) == pytest.approx(math.sqrt(8 / 3))  # divided by n
+    assert float(loss_spread(array([0.1] * 6), array([1.0] * 6) > 0, xp=xp)) == 0
 
 
 def test_sharpness_is_half_the_mean_projection() -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 
 from gradwise._population import Population
-from gradwise._statistics import gradient_agreement, running_mean
+from gradwise._statistics import gradient_agreement, loss_spread, running_mean
 from gradwise_keras._backend import loop, ops
 from gradwise_keras._perturbation import Perturbation, wide
 from gradwise_keras._shards import Share, Shares
@@ -162,7 +162,7 @@ class _Mean(NamedTuple):
         for index, gradient in zip(present, self.gradients, strict=True):
             gradients[index] = gradient
         agreement = gradient_agreement(_square_norm(self.gradients), self.square_norms, sizes=self.sizes, xp=ops)
-        spread = _deviation(self.losses, self.sizes > 0)
+        spread = loss_spread(self.losses, self.sizes > 0, xp=ops)
         return Outcome(
             {**self.logs, AGREEMENT: agreement, SPREAD: spread}, gradients, ops.mean(self.losses), self.state
         )
@@ -171,13 +171,6 @@ class _Mean(NamedTuple):
 def _put(values: Any, index: Any, value: Any) -> Any:
     here = ops.arange(values.shape[0], dtype="int32") == ops.cast(index, "int32")  # the default follows floatx
     return ops.where(here, ops.cast(value, values.dtype), values)
-
-
-def _deviation(losses: Any, counted: Any) -> Any:
-    """Standard deviation of the losses that count: a member may turn out to have no rows only in the graph."""
-    count = ops.sum(ops.cast(counted, losses.dtype))
-    shifted = ops.where(counted, losses - losses[0], 0.0)  # exactly 0 where all are equal
-    return ops.sqrt(ops.sum(ops.where(counted, ops.square(shifted - ops.sum(shifted) / count), 0.0)) / count)
 
 
 def _is_float(value: Any) -> bool:

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwise._matching_scale import standard_deviation
-from gradwise._statistics import PopulationStatistics, gradient_agreement, sharpness
+from gradwise._statistics import PopulationStatistics, gradient_agreement, loss_spread, sharpness
 
 __all__ = ["MemberRecord"]
 
@@ -53,7 +52,7 @@ class MemberRecord:
             rise = sharpness(math.fsum(_numbers(self._slopes)) / len(self._sizes))
         return PopulationStatistics(
             loss_mean=float(losses.mean()) if losses.size else math.nan,
-            loss_spread=float(standard_deviation(losses, xp=np)) if losses.size else math.nan,
+            loss_spread=float(loss_spread(losses, np.ones(losses.shape, bool), xp=np)) if losses.size else math.nan,
             agreement=agreement,
             sharpness=rise,
             relative_sigma=relative_sigma,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["PopulationStatistics", "gradient_agreement", "running_mean", "sharpness"]
+__all__ = ["PopulationStatistics", "gradient_agreement", "loss_spread", "running_mean", "sharpness"]
 
 ArrayT = TypeVar("ArrayT", bound=Any)
 
@@ -101,6 +101,28 @@ def gradient_agreement(mean_square_norm: Any, square_norms: Any, *, sizes: Any, 
     ones = xp.zeros_like(mean_of_squares) + 1.0
     zero = mean_of_squares == 0  # not its opposite: NaN must come through
     return xp.where(zero, ones, mean_square_norm / xp.where(zero, ones, mean_of_squares))
+
+
+def loss_spread(losses: Any, counted: Any, *, xp: Any) -> Any:
+    """Standard deviation, divided by n, of the losses of the members that count; exactly 0 where all are equal.
+
+    Parameters
+    ----------
+    losses : array of shape (members,)
+    counted : boolean array of shape (members,)
+        False for members that turned out to have no rows. The first one always counts.
+    xp : module
+        The array namespace.
+
+    Returns
+    -------
+    array of shape ()
+        In units of the loss.
+    """
+    zeros = xp.zeros_like(losses)
+    count = xp.sum(xp.where(counted, zeros + 1.0, zeros))
+    shifted = xp.where(counted, losses - losses[0], zeros)
+    return xp.sqrt(xp.sum(xp.where(counted, xp.square(shifted - xp.sum(shifted) / count), zeros)) / count)
 
 
 def sharpness(mean_projection: float) -> float:
