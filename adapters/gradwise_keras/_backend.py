@@ -15,6 +15,7 @@ __all__ = [
     "after",
     "as_word",
     "assign_here",
+    "copies",
     "dense",
     "detached",
     "gradients",
@@ -63,6 +64,11 @@ def after(operations: list[Any]) -> AbstractContextManager[Any]:
     import tensorflow as tf
 
     return tf.control_dependencies([operation for operation in operations if operation is not None])
+
+
+def copies(variable: Any) -> tuple[Any, ...]:
+    """TensorFlow's own variables behind one of Keras: one for each replica."""
+    return getattr(variable.value, "values", (variable.value,))
 
 
 def dense(gradient: Any) -> Any:

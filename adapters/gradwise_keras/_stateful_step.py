@@ -11,6 +11,7 @@ from gradwise_keras._backend import (
     TorchStreams,
     after,
     assign_here,
+    copies,
     dense,
     detached,
     gradients,
@@ -72,10 +73,13 @@ class SavedWeights:
 
     def rescue(self) -> None:
         """On the host, after a compiled step that raised: bring the mean back if a member was left in place."""
-        if self._moved is not None and int(self._moved.value):
-            for variable, saved in zip(self.variables, self._saved, strict=True):
-                variable.assign(saved.value)
-            self._moved.assign(0)
+        if self._moved is None:
+            return
+        for replica, moved in enumerate(copies(self._moved)):
+            if int(moved):
+                for variable, saved in zip(self.variables, self._saved, strict=True):
+                    copies(variable)[replica].assign(copies(saved)[replica])
+                moved.assign(0)
 
 
 class _Updates(keras.StatelessScope):
