@@ -428,7 +428,7 @@ def test_callbacks_are_copied() -> None:
         return  # compiles long
     fit(compiled(), X, Y, callback)
     one, other = compiled(), compiled()
-    again = copy.deepcopy(callback)
+    again = copy.deepcopy(pickle.loads(pickle.dumps(callback)))
     fit(one, X, Y, callback)
     fit(other, X, Y, again)
     assert_same(state_of(one), state_of(other))

@@ -129,6 +129,9 @@ class PopulationCallback(keras.callbacks.Callback):
         self._function: PopulationFunction | None = None
         self._seen: dict[str, list[float]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_function": None}  # which holds what the backend has compiled
+
     def on_train_begin(self, logs: Any = None) -> None:
         """Take the place of the model's training function."""
         del logs
