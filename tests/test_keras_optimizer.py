@@ -182,7 +182,7 @@ def noisy() -> keras.Model:
 
 
 WAYS = {"jax": [("all of it", True), ("adam", False)]}.get(BACKEND, [("all of it", False)])
-WAYS += {"tensorflow": [("all of it", True)]}.get(BACKEND, [])  # torch.compile takes minutes
+WAYS += {"tensorflow": [("nesterov", True)]}.get(BACKEND, [])  # torch.compile takes minutes
 
 
 @pytest.mark.parametrize(("name", "jit"), WAYS)
@@ -815,14 +815,13 @@ elif devices > 1:
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
     assert len(keras.distribution.list_devices()) == devices
 x, y = data(12)
-names = {"one": ["sequential", "subclassed", "scaled"], "two": ["subclassed", "scaled"], "three": ["sequential"]}[way]
-for name in ["scaled"] if keras.config.backend() == "jax" else names:
+for name in {"one": ["sequential", "scaled"], "two": ["scaled"], "three": ["sequential"]}[way]:
     with scope():
         optimizer = PopulationGradient(keras.optimizers.Adam(0.05), 0.3, seed=5)
         outer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**4) if name == "scaled" else optimizer
-        model = compiled("sequential" if name == "scaled" else name, outer)
-        model(x[:1])
-        model.set_weights([np.cos(np.arange(w.size)).reshape(w.shape) for w in model.get_weights()])
+        model = compiled("sequential", outer)
+        start = [np.cos(np.arange(w.size)).reshape(w.shape) for w in model.get_weights()]
+        model.set_weights(start)
     look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: same(model, optimizer))
     if devices > 1 and keras.config.backend() == "tensorflow":
         def same(model, optimizer):
@@ -841,6 +840,10 @@ for name in ["scaled"] if keras.config.backend() == "jax" else names:
         found |= {f"{name} {time} {i}": numpy_of(v) for i, v in enumerate(model.trainable_variables)}
         optimizer.restore_mean()
         same(model, optimizer)
+    model.optimizer.learning_rate = 0.0
+    model.set_weights(start)
+    model.train_on_batch(x[:6], y[:6])
+    found |= {f"{name} exactly {i}": numpy_of(v) for i, v in enumerate(model.trainable_variables)}
 np.savez(where, **found)
 """
 
@@ -859,7 +862,10 @@ def test_several_devices_train_as_one(tmp_path: Path) -> None:
     for other in others:
         assert len(other.files) >= 10
         for name in other.files:
-            np.testing.assert_allclose(other[name], one[name], rtol=2e-4, atol=2e-6, err_msg=name)
+            if "exactly" in name:  # a member around the same mean
+                np.testing.assert_array_equal(other[name], one[name], err_msg=name)
+            else:
+                np.testing.assert_allclose(other[name], one[name], rtol=2e-4, atol=2e-6, err_msg=name)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
