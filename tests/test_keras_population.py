@@ -210,8 +210,7 @@ def test_seeds() -> None:
     np.testing.assert_array_equal(run(1), run(1))
     assert not np.array_equal(run(1), run(2))
     keras.utils.set_random_seed(4)
-    first, second = PopulationCallback(), PopulationCallback()
-    assert (first.population.seed, second.population.seed) == (4, 5)
+    assert PopulationCallback().population.seed == 4
 
 
 @pytest.mark.parametrize("resumed", ["model", "weights"] if BACKEND == "torch" else ["model"])

@@ -30,7 +30,7 @@ from keras_cells import (
 )
 
 from gradwise import Population
-from gradwise.keras import PopulationCallback
+from gradwise.keras import PopulationCallback, PopulationGradient
 
 pytestmark = pytest.mark.filterwarnings(KERAS_WARNING)
 
@@ -339,6 +339,13 @@ def test_two_callbacks_in_one_fit_are_an_error() -> None:
     with pytest.raises(ValueError, match="one PopulationCallback"):
         fit(model, X, Y, population(), population())
     fit(model, X, Y, population())  # and not what a fit that broke off left behind
+
+
+def test_members_of_members_are_refused() -> None:
+    model = compiled()
+    model.compile(optimizer=PopulationGradient("sgd"), loss="mse")
+    with pytest.raises(ValueError, match="PopulationGradient"):
+        fit(model, X, Y, population())
 
 
 def test_a_callback_may_train_in_between() -> None:

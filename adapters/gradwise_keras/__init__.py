@@ -3,7 +3,8 @@
 from gradwise_keras._attach import attach_gradient_matching
 from gradwise_keras._callback import PopulationCallback
 from gradwise_keras._matching_loss import GradientMatching
-from gradwise_keras._optimizer import MeanWeights, PopulationGradient
+from gradwise_keras._mean_weights import MeanWeights
+from gradwise_keras._optimizer import PopulationGradient
 from gradwise_keras._with_derivatives import WithDerivatives
 
 __all__ = [

@@ -9,7 +9,7 @@ import keras
 from gradwise._population import Population
 from gradwise_keras._installation import PopulationFunction, check_trainer
 from gradwise_keras._population_step import AGREEMENT, SPREAD
-from gradwise_keras._seeds import free_seed
+from gradwise_keras._seeds import default_seed
 from gradwise_keras._selection import Perturb
 
 __all__ = ["PopulationCallback"]
@@ -50,9 +50,8 @@ class PopulationCallback(keras.callbacks.Callback):
         ``perturb(path, variable) -> bool`` chooses among the trainable variables; by default those with at least two
         axes. Only floating-point ones are ever perturbed.
     seed : int, optional
-        Seed of the noise. By default that of `keras.utils.set_random_seed`, plus one for each living population that
-        has it already; pass one to resume training exactly. The noise of a step depends on it and on
-        ``optimizer.iterations``; no other random stream is touched.
+        Seed of the noise; by default that of `keras.utils.set_random_seed`. Without either, training cannot be resumed
+        exactly. The noise of a step depends on it and on ``optimizer.iterations``; no other random stream is touched.
 
     Raises
     ------
@@ -122,7 +121,7 @@ class PopulationCallback(keras.callbacks.Callback):
             scale=scale,
             noise=noise,
             antithetic=antithetic,
-            seed=free_seed(self) if seed is None else seed,
+            seed=default_seed() if seed is None else seed,
         )
         self.sharded = sharded
         self._perturb = perturb

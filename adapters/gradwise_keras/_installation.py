@@ -6,6 +6,7 @@ import keras
 
 from gradwise._population import Population
 from gradwise_keras._backend import BACKEND, loops_slowly, outside_graph, patched
+from gradwise_keras._optimizer import population_gradient_of
 from gradwise_keras._population_step import Members
 from gradwise_keras._selection import Perturb, perturbed
 from gradwise_keras._stateful_step import SavedWeights, stateful_step
@@ -134,6 +135,12 @@ def check_trainer(model: Any) -> None:
     """Raise if a model cannot be trained with a population."""
     if getattr(model, "optimizer", None) is None:
         msg = "`model` must be compiled with an optimizer to use PopulationCallback. Received: optimizer=None"
+        raise ValueError(msg)
+    if population_gradient_of(model.optimizer) is not None:
+        msg = (
+            "`model` must be compiled with a plain optimizer to use PopulationCallback. Received: "
+            "a PopulationGradient, whose members would be perturbed again"
+        )
         raise ValueError(msg)
     if BACKEND == "jax" and keras.config.is_nnx_enabled():
         msg = (

@@ -8,11 +8,11 @@ import keras
 from gradwise._population import Population
 from gradwise_keras._backend import assign_here, no_gradients, ops, outside_graph
 from gradwise_keras._perturbation import Perturbation
-from gradwise_keras._seeds import free_seed
+from gradwise_keras._seeds import default_seed
 from gradwise_keras._selection import Perturb, perturbed
 from gradwise_keras._training_step import counter_of
 
-__all__ = ["MeanWeights", "PopulationGradient"]
+__all__ = ["PopulationGradient", "population_gradient_of"]
 
 
 @keras.saving.register_keras_serializable(package="gradwise")
@@ -112,7 +112,7 @@ class PopulationGradient(keras.optimizers.Optimizer):
             scale=scale,
             noise=noise,
             antithetic=False,
-            seed=free_seed(self) if seed is None else seed,
+            seed=default_seed() if seed is None else seed,
         )
         self._perturb = perturb
 
@@ -250,44 +250,8 @@ class PopulationGradient(keras.optimizers.Optimizer):
         return cls(**{**config, **objects})
 
 
-class MeanWeights(keras.callbacks.Callback):
-    """Shows validation, checkpoints and the other callbacks the mean weights of a `PopulationGradient`.
-
-    Put it before the callbacks that read weights. The first gradient of the next epoch is then one at the mean.
-
-    Examples
-    --------
-    >>> from gradwise.keras import MeanWeights
-    >>> callbacks = [MeanWeights()]  # then ModelCheckpoint, EarlyStopping, ...
-    """
-
-    def _optimizer(self) -> PopulationGradient:
-        given: Any = getattr(self.model, "optimizer", None)
-        optimizer = given
-        while not isinstance(optimizer, PopulationGradient):  # a LossScaleOptimizer around it
-            optimizer = getattr(optimizer, "inner_optimizer", None)
-            if optimizer is None:
-                msg = (
-                    "MeanWeights needs a model that is compiled with a PopulationGradient. Received: "
-                    f"optimizer={type(given).__name__}"
-                )
-                raise ValueError(msg)
-        return optimizer
-
-    def _restore(self) -> None:
-        self._optimizer().restore_mean()
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Fail early with another optimizer; a member that was saved stays where it is."""
-        del logs
-        self._optimizer()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Before validation."""
-        del logs
-        self._restore()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Before other callbacks of the end of an epoch."""
-        del epoch, logs
-        self._restore()
+def population_gradient_of(optimizer: Any) -> PopulationGradient | None:
+    """The PopulationGradient that `optimizer` is, or that a LossScaleOptimizer has inside; None if there is none."""
+    while optimizer is not None and not isinstance(optimizer, PopulationGradient):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
