@@ -76,9 +76,10 @@ class PopulationCallback(keras.callbacks.Callback):
     1 (equal); and ``population_spread``, the standard deviation (divided by n) of their losses, NaN for a
     ``train_step`` without a metric named "loss". With several replicas each sees its own rows.
 
-    With sigma 0 the result equals plain `fit`, bit for bit where gradients are dense and kernels deterministic.
-    TensorFlow's sparse gradients (embeddings) become dense. Stateful random operations of TensorFlow (not Keras's) in
-    custom layers differ between members.
+    With sigma 0 the result equals plain `fit` to the bit on TensorFlow and torch, and to a rounding where XLA compiles
+    (JAX, ``jit_compile=True``) or TensorFlow's gradients are sparse (embeddings; they become dense). With `sharded`,
+    losses must be means over rows, as Keras's are by default; a sum counts as a mean over members. Stateful random
+    operations of TensorFlow (not Keras's) in custom layers differ between members.
 
     Examples
     --------

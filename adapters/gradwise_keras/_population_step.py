@@ -137,8 +137,10 @@ class _Mean(NamedTuple):
         def mean(before: Any, value: Any) -> Any:
             if not _is_float(value):  # seeds and counters end where one plain step leaves them
                 return before
-            size, so_far = (ops.cast(count, value.dtype) for count in (share.size, share.so_far))
-            return running_mean(before, value, size / so_far)
+            # Not in half precision, which cannot count rows.
+            exact = "float64" if keras.backend.standardize_dtype(value.dtype) == "float64" else "float32"
+            size, so_far = (ops.cast(count, exact) for count in (share.size, share.so_far))
+            return running_mean(before, value, ops.cast(size / so_far, value.dtype))
 
         def combined(key: int, value: Any) -> Any:
             before = self.state.get(key, value)
