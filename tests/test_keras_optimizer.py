@@ -495,7 +495,6 @@ def test_evaluation_of_a_member_can_be_told_to_restore_the_mean() -> None:
     assert mean == model.evaluate(*data(), verbose=0)[0] != member
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="compiled for seconds, and nothing of it is the backend's")
 def test_swapped_averages_are_averages_of_means() -> None:
     found = []
     for wrap in (False, True):
