@@ -9,7 +9,14 @@ import gradwise
 import gradwise.keras
 import gradwise.torch
 
-CORE = {"DerivativeScaler", "Population", "__version__", "gradient_matching_loss"}
+CORE = {
+    "DerivativeScaler",
+    "Population",
+    "__version__",
+    "estimate_gradients",
+    "finite_difference_jacobian",
+    "gradient_matching_loss",
+}
 KERAS = {
     "GradientMatching",
     "MeanWeights",

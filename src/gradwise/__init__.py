@@ -5,6 +5,7 @@ Sobolev training. Population gradient (`Population`): the mean gradient over per
 package holds the mathematics and imports no framework; `gradwise.torch` plugs it into training loops.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradwise._matching import gradient_matching_loss
@@ -12,18 +13,32 @@ from gradwise._population import Population
 
 if TYPE_CHECKING:
     from gradwise._scaling import DerivativeScaler
+    from gradwise._targets import estimate_gradients
+    from gradwise._targets_differences import finite_difference_jacobian
 
 __version__ = "0.1.0"
 
-__all__ = ["DerivativeScaler", "Population", "__version__", "gradient_matching_loss"]
+__all__ = [
+    "DerivativeScaler",
+    "Population",
+    "__version__",
+    "estimate_gradients",
+    "finite_difference_jacobian",
+    "gradient_matching_loss",
+]
+
+# Looked up when first used: an estimator needs scikit-learn, whose import takes over a second that a torch training
+# loop need not pay.
+_LAZY = {
+    "DerivativeScaler": "gradwise._scaling",
+    "estimate_gradients": "gradwise._targets",
+    "finite_difference_jacobian": "gradwise._targets_differences",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # An estimator needs scikit-learn, whose import takes over a second that a torch training loop need not pay.
-    if name == "DerivativeScaler":
-        from gradwise._scaling import DerivativeScaler
-
-        return DerivativeScaler
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)
 
