@@ -25,7 +25,15 @@ KERAS = {
     "WithDerivatives",
     "attach_gradient_matching",
 }
-TORCH = {"GradientMatching", "PopulationGradient", "jvp", "teacher_jacobian", "value_and_jacobian", "vjp"}
+TORCH = {
+    "GradientEnhancedMLPRegressor",
+    "GradientMatching",
+    "PopulationGradient",
+    "jvp",
+    "teacher_jacobian",
+    "value_and_jacobian",
+    "vjp",
+}
 
 
 def test_names() -> None:

@@ -1,6 +1,9 @@
 """gradwise for PyTorch: wrap an optimizer, or add a loss term."""
 
+from typing import TYPE_CHECKING, Any
+
 try:
+    import gradwise_torch
     from gradwise_torch import (
         GradientMatching,
         PopulationGradient,
@@ -15,4 +18,26 @@ except ModuleNotFoundError as error:
     msg = 'gradwise.torch needs PyTorch; install it with: pip install "gradwise[torch]"'
     raise ModuleNotFoundError(msg, name="torch") from error
 
-__all__ = ["GradientMatching", "PopulationGradient", "jvp", "teacher_jacobian", "value_and_jacobian", "vjp"]
+if TYPE_CHECKING:
+    from gradwise_torch import GradientEnhancedMLPRegressor
+
+__all__ = [
+    "GradientEnhancedMLPRegressor",
+    "GradientMatching",
+    "PopulationGradient",
+    "jvp",
+    "teacher_jacobian",
+    "value_and_jacobian",
+    "vjp",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # an estimator, see gradwise_torch
+        return getattr(gradwise_torch, name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return __all__
