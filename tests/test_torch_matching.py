@@ -541,7 +541,7 @@ def test_fit_takes_arrays_and_images_and_saves_units():
     other = fitted(1000 * x, y / 10, target / 1e4)
     rescaled = nn.Sequential(Scale(1e-3), model, Scale(0.1))
     torch.testing.assert_close(other(rescaled, 1000 * x, target / 1e4), matching(model, x, target) / 100)
-    with pytest.raises(ValueError, match="exactly one of `dydx` and `target_jvp`"):
+    with pytest.raises(ValueError, match="exactly one of `dydx`, `target_jvp`"):
         GradientMatching().fit(x, y)
     with pytest.raises(ValueError, match="`X` must be finite"):
         GradientMatching().fit(x * math.inf, y, target)

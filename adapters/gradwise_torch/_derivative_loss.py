@@ -20,11 +20,16 @@ from gradwise._matching import (
     reduce_terms,
 )
 from gradwise._matching_scale import SCALES
-from gradwise_torch._double_backward import outside_compilation, require_double_backward
+from gradwise_torch._batch_coupling import warn_unseen
+from gradwise_torch._double_backward import outside_compilation
+from gradwise_torch._hessian import hessian_products
+from gradwise_torch._hessian_norms import refuse_wrong_third_derivatives
 from gradwise_torch._linearize import Linearization, Model, count_outputs, linearize
 from gradwise_torch._matching_goals import Targets
 from gradwise_torch._matching_scales import MatchingScales, processes
 from gradwise_torch._projections import draw_outputs
+from gradwise_torch._traps import check_first_call
+from gradwise_torch._traps_offset import still_watching, watch_offset
 
 __all__ = ["DerivativeLoss", "nothing"]
 
@@ -78,6 +83,7 @@ class DerivativeLoss(nn.Module):
         self.scales = MatchingScales(scale)
         self._checked = False  # that torch can differentiate the model twice
         self._looked = False  # whether the outputs' graph couples rows
+        self._watching = False  # whether anything else trains the offset
         self._warned_outputs = False
 
     def extra_repr(self) -> str:
@@ -100,11 +106,37 @@ class DerivativeLoss(nn.Module):
             keep_graph=values and torch.is_grad_enabled(),
             check_callable=not self._looked,
             probe=call.training and not self._checked,
+            second_order=targets.second_order,
         ) as linearization:
             self._looked = True
             n_outputs = count_outputs(linearization.outputs, x)
             loss = self._evaluate(call, linearization, targets, n_outputs, 1)
         return linearization.values, self._finish(call, loss)
+
+    @outside_compilation
+    def _run_outputs(self, y: Tensor, wrt: Tensor, targets: Targets, sign: int) -> Tensor:
+        if sign not in {1, -1}:
+            msg = f"`sign` must be 1 or -1; got {sign!r}"
+            raise ValueError(msg)
+        call = self._begin()
+        if call.weight == 0:
+            return self._finish(call, nothing(wrt, self.reduction, training=call.training))
+        if not wrt.requires_grad or not y.requires_grad:
+            name = "y" if wrt.requires_grad else "wrt"
+            msg = (
+                f"`{name}` must require gradients; call `wrt.requires_grad_()` before the model runs, not in `no_grad`"
+            )
+            raise ValueError(msg)
+        if not self._looked:
+            self._looked = True
+            warn_unseen(y)
+        if targets.second_order and call.training and not self._checked:
+            refuse_wrong_third_derivatives(y)
+        single = y.ndim <= 1 or y.numel() == y.shape[0]
+        n_outputs = 1 if single else count_outputs(y, wrt)
+        probes: list[Tensor] | None = [] if call.training and not self._checked else None
+        linearization = Linearization(wrt, y, y, create_graph=call.training, keep_graph=True, probes=probes)
+        return self._finish(call, self._evaluate(call, linearization, targets, n_outputs, sign))
 
     def _begin(self) -> _Call:
         training = self.training and torch.is_grad_enabled()
@@ -131,10 +163,14 @@ class DerivativeLoss(nn.Module):
             goal = targets.goal(x, n_outputs, scale=self.scale)
             scale, threshold = self.scales.lookup(goal, x, training=call.training)
         chosen = self._choose(call, rank, batch, n_outputs, x.device)
-        jacobian = linearization.rows(chosen, n_outputs)  # under the caller's autocast, like any backward pass
-        jacobian = jacobian if sign == 1 else -jacobian
+        derivatives = (  # under the caller's autocast, like any backward pass
+            linearization.rows(chosen, n_outputs)
+            if goal.second is None
+            else hessian_products(linearization, goal.second, chosen, n_outputs)
+        )
+        derivatives = derivatives if sign == 1 else -derivatives
         with _full_precision(x.device):
-            predicted = goal.project(jacobian.to(goal.target.dtype))
+            predicted = goal.project(derivatives.to(goal.target.dtype))
             target, known, share = goal.target, goal.known(), 1.0
             total: Tensor | int = (
                 target.numel()
@@ -171,8 +207,11 @@ class DerivativeLoss(nn.Module):
         if not self._checked:
             # Hooks of distributed wrappers must see one backward pass, not two.
             if not (dist.is_available() and dist.is_initialized()):
-                require_double_backward(loss, [x, *(linearization.probes or [])])
+                trained, free = check_first_call(loss, linearization, goal, derivatives, n_outputs)
+                self._watching = watch_offset(self, loss, trained, free)
             self._checked = True
+        elif self._watching:
+            self._watching = still_watching(self, loss)
         return loss
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from gradwise_torch._batch_coupling import owner, submodules
 __all__ = [
     "differentiable_kernels",
     "has_cudnn_rnn",
+    "not_differentiable",
     "outside_compilation",
     "plain_attention",
     "refuse_cudnn_rnn",
@@ -108,7 +109,7 @@ def refuse_cudnn_rnn(model: Any, *, twice: bool) -> None:
         raise NotImplementedError(msg)
 
 
-def require_double_backward(loss: Tensor, inputs: list[Tensor]) -> None:
+def require_double_backward(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Try the backward pass of a gradient-matching loss once; leaves no `.grad` behind.
 
     Parameters
@@ -117,6 +118,11 @@ def require_double_backward(loss: Tensor, inputs: list[Tensor]) -> None:
         The loss, of any shape. Its graph stays usable.
     inputs : list of Tensor
         What the derivatives were taken with respect to, and cotangents: gradients for these alone train nothing.
+
+    Returns
+    -------
+    list of Tensor
+        What receives a gradient.
 
     Raises
     ------
@@ -129,16 +135,8 @@ def require_double_backward(loss: Tensor, inputs: list[Tensor]) -> None:
     if leaves:
         try:
             received = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, retain_graph=True)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # NotImplementedError is one, but torch need not keep it so
-            msg = (
-                f"`model` must be differentiable twice; torch says: {error}. Run attention in "
-                "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, compute outputs with the model that torch.compile "
-                "was given instead of the compiled one, and avoid in-place changes and once_differentiable functions"
-            )
-            raise RuntimeError(msg) from error
+        except (RuntimeError, NotImplementedError) as error:  # the latter is one, but torch need not keep it so
+            raise not_differentiable(error) from error
     if all(gradient is None for gradient in received):
         msg = (
             "the derivative loss must reach a parameter, and reaches none: it would change nothing, silently. Check "
@@ -146,3 +144,13 @@ def require_double_backward(loss: Tensor, inputs: list[Tensor]) -> None:
             "under no_grad; to evaluate only, use `matching.eval()` or `torch.no_grad()`"
         )
         raise RuntimeError(msg)
+    return [leaf for leaf, gradient in zip(leaves, received, strict=True) if gradient is not None]
+
+
+def not_differentiable(error: Exception, *, times: str = "twice") -> RuntimeError:
+    """What to raise where torch raised `error` in a backward pass."""
+    return RuntimeError(
+        f"`model` must be differentiable {times}; torch says: {error}. Run attention in "
+        "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, compute outputs with the model that torch.compile "
+        "was given instead of the compiled one, and avoid in-place changes and once_differentiable functions"
+    )

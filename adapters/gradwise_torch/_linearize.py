@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradwise_torch._batch_coupling import coupled_layers, owner, running_statistics, warn_once, warn_unseen
 from gradwise_torch._double_backward import differentiable_kernels, refuse_cudnn_rnn
+from gradwise_torch._hessian_norms import thrice_differentiable_norms
 from gradwise_torch._random import RandomStreams
 
 __all__ = [
@@ -52,8 +53,8 @@ class Linearization:
         """Number of inputs of a row."""
         return math.prod(self.primal.shape[1:])
 
-    def pull_back(self, cotangents: Tensor, *, last: bool) -> Tensor:
-        """Vector-Jacobian product, of the shape of `primal`."""
+    def pull_back(self, cotangents: Tensor, *, last: bool, twice: bool = False) -> Tensor:
+        """Vector-Jacobian product, of the shape of `primal`; `twice` if it will be differentiated by `primal`."""
         if self.probes is not None:
             self.probes.append(cotangents.requires_grad_())
         # allow_unused: an output that the inputs do not reach gives None here and a clear error below.
@@ -61,14 +62,25 @@ class Linearization:
             self.outputs,
             self.primal,
             cotangents,
-            create_graph=self.create_graph,
-            retain_graph=self.create_graph or self.keep_graph or not last,
+            create_graph=self.create_graph or twice,
+            retain_graph=self.create_graph or twice or self.keep_graph or not last,
             allow_unused=True,
         )
         if product is None:
             raise _independent()
         half = product.dtype.itemsize == 2
         return product.float() if half and torch.is_autocast_enabled(product.device.type) else product
+
+    def cotangents(self, k: int, chosen: Tensor | None, n_outputs: int) -> Tensor:
+        """What picks row k of `rows`: ones at an output of each sample."""
+        if n_outputs == 1:
+            return torch.ones_like(self.outputs)
+        flat = self.outputs.new_zeros((self.primal.shape[0], n_outputs))
+        if chosen is None:
+            flat[:, k] = 1.0
+        else:
+            flat.scatter_(1, chosen if chosen.shape[1] == 1 else chosen[:, k : k + 1], 1.0)
+        return flat if self.outputs.ndim == 2 else flat.reshape(self.outputs.shape)
 
     def rows(self, chosen: Tensor | None, n_outputs: int) -> Tensor:
         """Rows of each sample's Jacobian, shape (batch, n_rows, n_inputs); a single row may be a view.
@@ -85,15 +97,7 @@ class Linearization:
         # A plain loop: on CPU it beats vmap and is_grads_batched, and it needs nothing from the model's operations.
         products: list[Tensor] = []
         for k in range(n_rows):
-            if n_outputs == 1:
-                cotangents = torch.ones_like(self.outputs)
-            else:
-                flat = self.outputs.new_zeros((batch, n_outputs))
-                if chosen is None:
-                    flat[:, k] = 1.0
-                else:
-                    flat.scatter_(1, chosen if n_rows == 1 else chosen[:, k : k + 1], 1.0)
-                cotangents = flat if self.outputs.ndim == 2 else flat.reshape(self.outputs.shape)
+            cotangents = self.cotangents(k, chosen, n_outputs)
             products.append(self.pull_back(cotangents, last=k == n_rows - 1).reshape(batch, 1, self.n_inputs))
         if len(products) == 1:
             return products[0]
@@ -110,6 +114,7 @@ def linearize(
     keep_graph: bool,
     check_callable: bool = True,
     probe: bool = False,
+    second_order: bool = False,
 ) -> Iterator[Linearization]:
     """Run `model` once and keep what its derivatives need; take them inside the `with` block.
 
@@ -128,6 +133,8 @@ def linearize(
         Whether to look for batch normalisation in the graph of a `model` that is no module.
     probe : bool
         Whether to collect `probes`.
+    second_order : bool
+        Whether second derivatives are wanted, which the loss then differentiates once more.
     """
     check_input("x", x)
     layers = coupled_layers(model)
@@ -136,7 +143,8 @@ def linearize(
     refuse_cudnn_rnn(model, twice=create_graph)
     true_values, streams = first_pass(model, x) if layers and values else (None, None)
     without_batch_statistics = running_statistics(layers) if layers else nullcontext()
-    with _recording(), differentiable_kernels(), without_batch_statistics:
+    norms_by_formula = thrice_differentiable_norms() if second_order else nullcontext()
+    with _recording(), differentiable_kernels(), without_batch_statistics, norms_by_formula:
         connected = x.requires_grad and (create_graph or keep_graph)
         primal = x if connected else (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         with nullcontext() if streams is None else replayed(streams):

@@ -4,10 +4,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from gradwise_torch._batch_coupling import warn_unseen
-from gradwise_torch._derivative_loss import DerivativeLoss, nothing
-from gradwise_torch._double_backward import outside_compilation
-from gradwise_torch._linearize import Linearization, Model, count_outputs
+from gradwise_torch._derivative_loss import DerivativeLoss
+from gradwise_torch._linearize import Model
 from gradwise_torch._matching_goals import Targets
 
 __all__ = ["GradientMatching"]
@@ -62,6 +60,17 @@ class GradientMatching(DerivativeLoss):
     order in x. Under evaluation (`matching.eval()`, `no_grad`, `inference_mode`) every call evaluates, nothing is
     counted, no second graph is built, and processes do not talk to each other.
 
+    Second derivatives cost one more backward pass for each output and direction, three times differentiated. Scale
+    "block" of H v is ``sigma_y**2 * mean_id sum_j sigma_xj**2 (Hv - T)**2 / mean_id sum_j sigma_xj**2 T**2`` over
+    samples i and directions d: a relative error of the second derivatives counts like a relative error of the values,
+    whatever the units and the length of v. Entry j of H v with v along input k is the mixed derivative by j and k; NaN
+    in the others leaves one alone (an option's gamma). Values, first and second derivatives in one forward pass are two
+    of these losses over the same outputs, see the last example. Layer and instance normalisation are then computed by
+    their formulas, as torch gets their third derivatives wrong; outputs that went through torch's own are refused.
+
+    In the first training call a model that is linear between kinks (ReLU) gives a warning, or an error for second
+    derivatives, and so does, some steps later, a model whose offset nothing trains. Not in distributed training.
+
     Batch normalisation in training mode couples rows: derivatives are then taken with running statistics, see
     `value_and_jacobian`. Activation checkpointing of such layers is not supported.
 
@@ -93,6 +102,19 @@ class GradientMatching(DerivativeLoss):
     >>> loss = raw.from_outputs(energy, wrt=positions, target=-4 * positions.detach(), sign=-1)
     >>> loss.item()
     0.0
+
+    Values, slopes and curvatures, each with its weight, in one forward pass:
+
+    >>> curvature = -torch.sin(x)
+    >>> first = GradientMatching().fit(x, y, dydx)
+    >>> second = GradientMatching(0.1).fit(x, y, target_hvp=curvature)
+    >>> leaf, v = x.clone().requires_grad_(), torch.ones_like(x)
+    >>> prediction = model(leaf)
+    >>> loss = (
+    ...     torch.nn.functional.mse_loss(prediction, y)
+    ...     + first.from_outputs(prediction, wrt=leaf, target=dydx)
+    ...     + second.from_outputs(prediction, wrt=leaf, tangents=v, target_hvp=curvature)
+    ... )
     """
 
     def fit(
@@ -103,6 +125,8 @@ class GradientMatching(DerivativeLoss):
         *,
         mask: Any = None,
         target_jvp: Any = None,
+        target_hvp: Any = None,
+        target_curvature: Any = None,
     ) -> Self:
         """Set the scales from training data, once.
 
@@ -115,10 +139,10 @@ class GradientMatching(DerivativeLoss):
             structure's energy for its atoms: ``energies[structure_of_atom]``.
         dydx : Tensor or array, optional
             Derivatives, shaped like `target_jacobian`, in units of y per unit of x; NaN means unknown.
-        mask : boolean Tensor or array of the shape of `dydx` (or `target_jvp`), optional
+        mask : boolean Tensor or array of the shape of the derivatives, optional
             False means unknown.
-        target_jvp : Tensor or array, optional
-            Directional derivatives, shaped like `target_jvp` of a call, in units of y.
+        target_jvp, target_hvp, target_curvature : Tensor or array, optional
+            Instead of `dydx`: directional or second derivatives, as in a call.
 
         Returns
         -------
@@ -128,9 +152,10 @@ class GradientMatching(DerivativeLoss):
         Raises
         ------
         ValueError
-            If shapes do not belong together, or neither `dydx` nor `target_jvp` is given.
+            If shapes do not belong together, or not exactly one kind of derivatives is given.
         """
-        self.scales.fit(X, y, dydx, mask=mask, target_jvp=target_jvp)
+        targets = {"dydx": dydx, "target_jvp": target_jvp, "target_hvp": target_hvp}
+        self.scales.fit(X, y, mask=mask, **targets, target_curvature=target_curvature)
         return self
 
     def forward(
@@ -144,6 +169,8 @@ class GradientMatching(DerivativeLoss):
         tangents: Tensor | None = None,
         target_jvp: Tensor | None = None,
         target_norm: Tensor | float | None = None,
+        target_hvp: Tensor | None = None,
+        target_curvature: Tensor | None = None,
     ) -> Tensor:
         """Loss of the derivatives of `model` at `x`; see `with_values` to have the outputs from the same forward pass.
 
@@ -162,10 +189,17 @@ class GradientMatching(DerivativeLoss):
         sample_weight : Tensor of shape (batch,), optional
             Non-negative weights without unit; only their ratios matter.
         tangents : Tensor of shape (batch, ...) like `x`, or (batch, n_directions, ...), optional
-            Directions in units of x, for targets that are known only along directions.
+            Directions v in units of x, for targets that are known only along directions, and for second derivatives.
         target_jvp : Tensor of shape (batch, n_outputs), or (batch, n_outputs, n_directions), optional
             Known derivatives along `tangents`, in units of y; (batch,) will do for one output. Scale "block" gives
             ``sigma_y**2 * mean r**2 / mean target**2``.
+        target_hvp : Tensor, optional
+            Known second derivatives: the Hessian times each of `tangents`, H v, in units of y per unit of x. Shape
+            (batch, n_outputs, n_inputs) or the others of `target_jacobian`; for tangents with an axis of directions
+            (batch, n_outputs, n_directions, n_inputs), or with the shape of an input last, or for one output the shape
+            of `tangents`. See Notes.
+        target_curvature : Tensor, optional
+            Known second derivatives along `tangents`, ``v' H v`` in units of y, shaped and scaled like `target_jvp`.
         target_norm : float or Tensor of shape (batch,) or (batch, n_outputs), optional
             Known norms of each sample's gradient of each output (WGAN-GP: 1). Needs scale "none".
 
@@ -183,7 +217,9 @@ class GradientMatching(DerivativeLoss):
         RuntimeError
             In the first training call, if the model cannot be differentiated twice or the loss reaches no parameter.
         """
-        targets = Targets(target_jacobian, mask, sample_weight, tangents, target_jvp, target_norm, "target_jacobian")
+        targets = Targets(
+            target_jacobian, mask, sample_weight, tangents, target_jvp, target_norm, target_hvp, target_curvature
+        )
         return self._run(model, x, targets, values=False)[1]
 
     def with_values(
@@ -197,6 +233,8 @@ class GradientMatching(DerivativeLoss):
         tangents: Tensor | None = None,
         target_jvp: Tensor | None = None,
         target_norm: Tensor | float | None = None,
+        target_hvp: Tensor | None = None,
+        target_curvature: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Outputs of `model` and the loss of its derivatives, in one forward pass; parameters as for a plain call.
 
@@ -207,13 +245,14 @@ class GradientMatching(DerivativeLoss):
         loss : Tensor
             As for a plain call.
         """
-        targets = Targets(target_jacobian, mask, sample_weight, tangents, target_jvp, target_norm, "target_jacobian")
+        targets = Targets(
+            target_jacobian, mask, sample_weight, tangents, target_jvp, target_norm, target_hvp, target_curvature
+        )
         y, loss = self._run(model, x, targets, values=True)
         if y is None:
             y = model(x)
         return y, loss
 
-    @outside_compilation
     def from_outputs(
         self,
         y: Tensor,
@@ -226,6 +265,8 @@ class GradientMatching(DerivativeLoss):
         tangents: Tensor | None = None,
         target_jvp: Tensor | None = None,
         target_norm: Tensor | float | None = None,
+        target_hvp: Tensor | None = None,
+        target_curvature: Tensor | None = None,
     ) -> Tensor:
         """Loss of the derivatives of outputs that are already computed, for example of a graph or a dict batch.
 
@@ -240,8 +281,8 @@ class GradientMatching(DerivativeLoss):
             Known derivatives, times `sign`, shaped like `target_jacobian` of a plain call: atoms x 3. None means zero.
         sign : {1, -1}, default 1
             -1 for forces, which are minus the derivative of the energy.
-        mask, sample_weight, tangents, target_jvp, target_norm : optional
-            As for a plain call, for the rows of `wrt`.
+        mask, sample_weight, tangents, target_jvp, target_norm, target_hvp, target_curvature : optional
+            As for a plain call, for the rows of `wrt`. Rows that share an output have one Hessian and one v.
 
         Returns
         -------
@@ -258,24 +299,7 @@ class GradientMatching(DerivativeLoss):
         Run attention within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` and models as given to torch.compile, not
         compiled: outputs that are already computed cannot be computed differently.
         """
-        if sign not in {1, -1}:
-            msg = f"`sign` must be 1 or -1; got {sign!r}"
-            raise ValueError(msg)
-        call = self._begin()
-        if call.weight == 0:
-            return self._finish(call, nothing(wrt, self.reduction, training=call.training))
-        if not wrt.requires_grad or not y.requires_grad:
-            name = "y" if wrt.requires_grad else "wrt"
-            msg = (
-                f"`{name}` must require gradients; call `wrt.requires_grad_()` before the model runs, not in `no_grad`"
-            )
-            raise ValueError(msg)
-        if not self._looked:
-            self._looked = True
-            warn_unseen(y)
-        single = y.ndim <= 1 or y.numel() == y.shape[0]
-        n_outputs = 1 if single else count_outputs(y, wrt)
-        targets = Targets(target, mask, sample_weight, tangents, target_jvp, target_norm, "target")
-        probes: list[Tensor] | None = [] if call.training and not self._checked else None
-        linearization = Linearization(wrt, y, y, create_graph=call.training, keep_graph=True, probes=probes)
-        return self._finish(call, self._evaluate(call, linearization, targets, n_outputs, sign))
+        targets = Targets(
+            target, mask, sample_weight, tangents, target_jvp, target_norm, target_hvp, target_curvature, "target"
+        )
+        return self._run_outputs(y, wrt, targets, sign)

@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from gradwise._matching_data import accepted_text, jacobian_shapes, shape_text
+from gradwise._matching_data import accepted_text, hessian_shapes, jacobian_shapes, shape_text
 
-__all__ = ["as_directional", "as_jacobian", "as_norms", "as_tangents"]
+__all__ = ["as_directional", "as_hessian", "as_jacobian", "as_norms", "as_tangents"]
 
 Shape = tuple[int, ...]
 
@@ -32,6 +32,12 @@ def as_directional(name: str, array: Any, batch: int, n_outputs: int, n_directio
     return _reshape(name, array, (batch, n_outputs, 1), (batch, n_outputs), one)
 
 
+def as_hessian(name: str, array: Any, x_shape: Shape, n_outputs: int, n_directions: int | None) -> Any:
+    """`array` as (batch, n_outputs, n_directions * n_inputs); accepts the `hessian_shapes`."""
+    shape = (x_shape[0], n_outputs, (n_directions or 1) * math.prod(x_shape[1:]))
+    return _checked(name, array, hessian_shapes(x_shape, n_outputs, n_directions)).reshape(shape)
+
+
 def as_norms(name: str, array: Any, batch: int, n_outputs: int) -> Any:
     """`array` as (batch, n_outputs, 1); accepts (batch, n_outputs) and, for one output, (batch,)."""
     return as_directional(name, array, batch, n_outputs, None)
@@ -53,8 +59,12 @@ def as_tangents(tangents: Any, x_shape: Shape) -> tuple[Any, int | None]:
 def _reshape(name: str, array: Any, shape: Shape, *accepted: Shape | None) -> Any:
     if tuple(array.shape) == shape:
         return array
-    choices = tuple(dict.fromkeys(tuple(choice) for choice in accepted if choice is not None))
+    return _checked(name, array, tuple(choice for choice in accepted if choice is not None)).reshape(shape)
+
+
+def _checked(name: str, array: Any, choices: tuple[Shape, ...]) -> Any:
     if tuple(array.shape) not in choices:
-        msg = f"`{name}` must have shape {accepted_text(choices)}; got {shape_text(tuple(array.shape))}"
+        accepted = accepted_text(tuple(dict.fromkeys(choices)))
+        msg = f"`{name}` must have shape {accepted}; got {shape_text(tuple(array.shape))}"
         raise ValueError(msg)
-    return array.reshape(shape)
+    return array

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gradwise._matching_scale import MatchingScale, matching_scale
+from gradwise._matching_scale import MatchingScale, matching_scale, second_order_scale
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
@@ -21,6 +21,22 @@ def jacobian_shapes(x_shape: Shape, n_outputs: int) -> tuple[Shape, ...]:
     shapes: list[Shape] = [(batch, n_outputs, math.prod(inputs)), (batch, n_outputs, *inputs)]
     if n_outputs == 1:
         shapes.append((batch, *inputs))
+    return tuple(dict.fromkeys(shapes))
+
+
+def hessian_shapes(x_shape: Shape, n_outputs: int, n_directions: int | None) -> tuple[Shape, ...]:
+    """Shapes that Hessian-vector products may have, for inputs of shape (batch, ...) and so many directions.
+
+    First (batch, n_outputs, n_directions, n_inputs), in which the core computes, unless the directions have no axis
+    (None): then they are gradients of another kind. Then (batch, n_outputs, n_directions, *shape of an input) and, for
+    one output, (batch, n_directions, *shape of an input).
+    """
+    if n_directions is None:
+        return jacobian_shapes(x_shape, n_outputs)
+    batch, *inputs = x_shape
+    shapes: list[Shape] = [(batch, n_outputs, n_directions, *row) for row in ((math.prod(inputs),), tuple(inputs))]
+    if n_outputs == 1:
+        shapes.append((batch, n_directions, *inputs))
     return tuple(dict.fromkeys(shapes))
 
 
@@ -78,3 +94,28 @@ def scale_from_data(X: Array, y: Array | None, dydx: Array, *, mask: Array | Non
             raise ValueError(msg)
     known = None if mask is None else mask.reshape(shapes[0])
     return matching_scale(X.reshape(len(X), -1), values, dydx.reshape(shapes[0]), mask=known, scale=scale, xp=np)
+
+
+def second_order_scale_from_data(
+    X: Array, y: Array | None, target_hvp: Array, *, mask: Array | None, scale: str
+) -> MatchingScale:
+    """As `scale_from_data`, for Hessian-vector products of one of the `hessian_shapes`.
+
+    Without `y`, the shape of X means one output; otherwise the second axis is that of the outputs.
+    """
+    check_training_data(X, y, target_hvp, "target_hvp")
+    values = None if y is None else y.reshape(len(y), -1)
+    one = target_hvp.ndim == 1 or target_hvp.shape == X.shape
+    n_outputs = int(values.shape[1]) if values is not None else 1 if one else int(target_hvp.shape[1])
+    n_inputs = math.prod(X.shape[1:])
+    n_directions = math.prod(target_hvp.shape[1:]) // max(n_outputs * n_inputs, 1)
+    shapes = tuple(
+        dict.fromkeys((*hessian_shapes(X.shape, n_outputs, None), *hessian_shapes(X.shape, n_outputs, n_directions)))
+    )
+    for name, array in (("target_hvp", target_hvp), ("mask", mask)):
+        if array is not None and array.shape not in shapes:
+            msg = f"`{name}` must have shape {accepted_text(shapes)}; got {array.shape}"
+            raise ValueError(msg)
+    full = (len(X), n_outputs, n_directions, n_inputs)
+    known = None if mask is None else mask.reshape(full)
+    return second_order_scale(X.reshape(len(X), -1), values, target_hvp.reshape(full), mask=known, scale=scale, xp=np)

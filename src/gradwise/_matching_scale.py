@@ -103,6 +103,50 @@ def directional_scale(
     return MatchingScale(xp.reshape(factor, (n_outputs, 1)), positive_or_one(sigma_y, xp))
 
 
+def second_order_scale(
+    x: Array, y: Array | None, target: Array, *, mask: Array | None = None, scale: str = "block", xp: Any
+) -> MatchingScale:
+    """Scale and Huber threshold for products of Hessians with directions, from training data.
+
+    With ``T_iodj``, the known product of sample i's Hessian of output o with its direction d, and standard deviations
+    sigma_x, sigma_y, scale "block" makes the loss of output o
+
+    ``sigma_yo**2 * mean_id sum_j sigma_xj**2 (Hv_iodj - T_iodj)**2 / mean_id sum_j sigma_xj**2 T_iodj**2``
+
+    in squared units of y: a relative error of the second derivatives counts like a relative error of the values. It is
+    `matching_scale` with every direction as one more sample, since H v differs from a gradient in the unit of v only,
+    which cancels. For the same reason the lengths of all directions together do not matter, their ratios do.
+
+    Parameters
+    ----------
+    x : array of shape (n, n_inputs)
+    y : array of shape (n, n_outputs) or None
+        None takes the mean square change of y to second order, for one step v and another of sigma_x, as sigma_y**2.
+    target : array of shape (n, n_outputs, n_directions, n_inputs)
+        Products H v, in units of y per unit of x for v in units of x; NaN means unknown.
+    mask : boolean array of the shape of `target`, optional
+        False means unknown.
+    scale : {"block", "per_input", "none"}
+        As for `matching_scale`; "per_input" is one number for each input j of H v, whatever the direction.
+    xp : module
+        The array namespace.
+
+    Returns
+    -------
+    MatchingScale
+        Of shapes (n_outputs, n_inputs) and (n_outputs,).
+    """
+    known = None if mask is None else _directions_as_samples(mask, xp)
+    return matching_scale(x, y, _directions_as_samples(target, xp), mask=known, scale=scale, xp=xp)
+
+
+def _directions_as_samples(products: Array, xp: Any) -> Array:
+    n, n_outputs, n_directions, n_inputs = products.shape
+    # stack of a list, not a transpose: numpy and torch name the axes differently.
+    rows = xp.stack([products[:, o] for o in range(n_outputs)], axis=2)
+    return xp.reshape(rows, (n * n_directions, n_outputs, n_inputs))
+
+
 def _known_squares(target: Array, mask: Array | None, xp: Any) -> tuple[Array, Array]:
     """Sum of squares and number of the known entries, over the samples."""
     known = target == target  # False for NaN, on every namespace
