@@ -44,6 +44,15 @@ class MatchingScales(nn.Module):
         In units of y.
     """
 
+    jacobian_scale: Tensor
+    jacobian_threshold: Tensor
+    jvp_scale: Tensor
+    jvp_threshold: Tensor
+    hvp_scale: Tensor
+    hvp_threshold: Tensor
+    curvature_scale: Tensor
+    curvature_threshold: Tensor
+
     def __init__(self, scale: str) -> None:
         super().__init__()
         self.scale = scale
