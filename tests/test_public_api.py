@@ -11,6 +11,8 @@ import gradwise.torch
 
 CORE = {
     "DerivativeScaler",
+    "GradientEnhancedRidge",
+    "GradientEnhancedRidgeCV",
     "Population",
     "__version__",
     "estimate_gradients",

@@ -12,6 +12,8 @@ from gradwise._matching import gradient_matching_loss
 from gradwise._population import Population
 
 if TYPE_CHECKING:
+    from gradwise._ridge import GradientEnhancedRidge
+    from gradwise._ridge_cv import GradientEnhancedRidgeCV
     from gradwise._scaling import DerivativeScaler
     from gradwise._targets import estimate_gradients
     from gradwise._targets_differences import finite_difference_jacobian
@@ -20,6 +22,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DerivativeScaler",
+    "GradientEnhancedRidge",
+    "GradientEnhancedRidgeCV",
     "Population",
     "__version__",
     "estimate_gradients",
@@ -31,6 +35,8 @@ __all__ = [
 # loop need not pay.
 _LAZY = {
     "DerivativeScaler": "gradwise._scaling",
+    "GradientEnhancedRidge": "gradwise._ridge",
+    "GradientEnhancedRidgeCV": "gradwise._ridge_cv",
     "estimate_gradients": "gradwise._targets",
     "finite_difference_jacobian": "gradwise._targets_differences",
 }
