@@ -13,6 +13,7 @@ from gradwise_keras._derivatives import Linearization, linearize
 from gradwise_keras._matching_loss import GradientMatching
 from gradwise_keras._projections import DerivativeLossTracker, draw_outputs
 from gradwise_keras._training_data import check_targets, fit_scales
+from gradwise_keras._traps import warn_kinks
 from gradwise_keras._vjp import outside_compilation
 
 __all__ = ["AttachedMatching", "attach_gradient_matching"]
@@ -155,6 +156,8 @@ class AttachedMatching:
 
     def _fit_scales_and_model(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.fit`, with targets ``{"y": y, "dydx": dydx}``."""
+        if self.matching.derivative_weight > 0:
+            warn_kinks(self.model)
         before = self.matching.statistics
         fit_scales([self.matching], self._fit, args, kwargs)
         if self.matching.statistics is not before:

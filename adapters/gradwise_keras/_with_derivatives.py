@@ -8,6 +8,7 @@ from gradwise_keras._backend import ops
 from gradwise_keras._derivatives import Linearization, linearize
 from gradwise_keras._matching_loss import GradientMatching
 from gradwise_keras._training_data import check_targets, fit_scales
+from gradwise_keras._traps import warn_free_offset, warn_kinks
 from gradwise_keras._vjp import outside_compilation
 
 __all__ = ["WithDerivatives"]
@@ -114,6 +115,9 @@ class WithDerivatives(keras.Model):
             optimizer = keras.optimizers.get(optimizer)
             if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        self._trains_values = not isinstance(loss, dict) or (
+            loss.get("y") is not None and (loss_weights or {}).get("y", 1.0) != 0
+        )
         super().compile(optimizer, loss, loss_weights, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -126,8 +130,12 @@ class WithDerivatives(keras.Model):
         """As `keras.Model.fit`, with targets ``{"y": y, "dydx": dydx}``.
 
         A `GradientMatching` that is not fitted is fitted first: to the training data if they are arrays, else to their
-        first batch, with a warning.
+        first batch, with a warning. Once, a warning says so if "y" has no loss, or if derivatives have one and the
+        model is linear between kinks (ReLU), which they cannot move.
         """
+        if isinstance(self.loss, dict) and self.loss.get("dydx") is not None:
+            warn_kinks(self.model)
+            warn_free_offset(self, free=not self._trains_values)
         fit_scales(_matchings(self.loss), super().fit, args, kwargs)
         return super().fit(*args, **kwargs)
 
