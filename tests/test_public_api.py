@@ -10,11 +10,13 @@ import gradwise.keras
 import gradwise.torch
 
 CORE = {
+    "CapacityStudy",
     "DerivativeScaler",
     "GradientEnhancedRidge",
     "GradientEnhancedRidgeCV",
     "Population",
     "__version__",
+    "capacity_study",
     "estimate_gradients",
     "finite_difference_jacobian",
     "gradient_matching_loss",

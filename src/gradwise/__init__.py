@@ -12,6 +12,7 @@ from gradwise._matching import gradient_matching_loss
 from gradwise._population import Population
 
 if TYPE_CHECKING:
+    from gradwise._capacity import CapacityStudy, capacity_study
     from gradwise._ridge import GradientEnhancedRidge
     from gradwise._ridge_cv import GradientEnhancedRidgeCV
     from gradwise._scaling import DerivativeScaler
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapacityStudy",
     "DerivativeScaler",
     "GradientEnhancedRidge",
     "GradientEnhancedRidgeCV",
     "Population",
     "__version__",
+    "capacity_study",
     "estimate_gradients",
     "finite_difference_jacobian",
     "gradient_matching_loss",
@@ -34,9 +37,11 @@ __all__ = [
 # Looked up when first used: an estimator needs scikit-learn, whose import takes over a second that a torch training
 # loop need not pay.
 _LAZY = {
+    "CapacityStudy": "gradwise._capacity",
     "DerivativeScaler": "gradwise._scaling",
     "GradientEnhancedRidge": "gradwise._ridge",
     "GradientEnhancedRidgeCV": "gradwise._ridge_cv",
+    "capacity_study": "gradwise._capacity",
     "estimate_gradients": "gradwise._targets",
     "finite_difference_jacobian": "gradwise._targets_differences",
 }
