@@ -1,0 +1,260 @@
+"""What the widths that `capacity_study` recommends cost in accuracy, beside cross-validation and Optuna.
+
+Ten functions, each with several noisy data sets (one cell each, of its own seed). The regret of a rule is the test
+error of networks trained on all rows at the width it chose, divided by the least over the grid in hindsight; geometric
+means over three networks, of other seeds than those the rules saw, and then over data sets and functions, with
+bootstrap intervals over functions. Cells are added to a file of JSON lines and skipped when they are there.
+Run: ``python benchmarks/capacity_evidence.py [--datasets N]``; writes ``out/capacity_evidence.jsonl``, prints Markdown
+tables, draws ``docs/images/capacity.png``.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from capacity_functions import FUNCTIONS, Data, training_data, unseen_data
+from capacity_network import fit
+from capacity_rules import Fit, choices, studies
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+__all__ = ["GRID", "cell", "draw", "missing", "needed_width", "regrets", "rows"]
+
+Array = npt.NDArray[np.float64]
+GRID = [1, 2, 3, 4, 6, 10, 20, 50]
+FIRST_SEED = 1000  # data sets 0 and 1 were those of the pilots
+TEST_SEEDS = 3
+PATH = Path("out/capacity_evidence.jsonl")
+PICTURE = Path("docs/images/capacity.png")
+WITHOUT, WITH = "#d55e00", "#0072b2"  # Okabe and Ito
+
+
+def cell(name: str, dataset: int, grid: list[int], fit_: Fit = fit) -> dict[str, Any]:
+    """Everything about one data set, as JSON: choices, test errors by width, gap, processor seconds."""
+    started = time.process_time()
+    function = FUNCTIONS[name]
+    data, unseen = training_data(function, FIRST_SEED + dataset), unseen_data(function, 2000)
+    found = studies(fit_, grid, data, 1000 * dataset)
+    chosen = choices(found)
+    both, whole = found.both, found.whole
+    errors: dict[str, dict[str, list[float]]] = {}
+    for derivatives in (False, True):
+        widths = sorted({*grid, *(choice.width for choice in chosen[derivatives].values())})
+        errors[_key(derivatives)] = {
+            str(width): _test_errors(fit_, data, unseen, width, derivatives) for width in widths
+        }
+    assert both.gap is not None
+    assert both.rise_band is not None
+    on_all = whole.derivative_errors(derivatives=False)
+    assert on_all is not None
+    return {
+        "function": name,
+        "dataset": dataset,
+        "grid": grid,
+        "choices": {
+            _key(derivatives): {rule: [choice.width, choice.trainings] for rule, choice in by_rule.items()}
+            for derivatives, by_rule in chosen.items()
+        },
+        "test_errors": errors,
+        "gap": both.gap.tolist(),
+        "rise_band": both.rise_band[1:].tolist(),
+        "upper_bound": both.upper_bound,
+        "need": both.need,
+        "derivative_error": np.exp(np.log(on_all).mean(axis=0)).tolist(),
+        "not_converged": both.not_converged / len(both.trainings),
+        "seconds": time.process_time() - started,
+    }
+
+
+def _test_errors(fit_: Fit, data: Data, unseen: Data, width: int, derivatives: bool) -> list[float]:
+    spread = unseen.y.std()
+    slopes = data.dydx if derivatives else None
+    models = [fit_(data.X, data.y, slopes, capacity=width, seed=500_000 + seed) for seed in range(TEST_SEEDS)]
+    return [float(np.sqrt(np.mean((model.predict(unseen.X) - unseen.y) ** 2)) / spread) for model in models]
+
+
+def _key(derivatives: bool) -> str:
+    return "with" if derivatives else "without"
+
+
+def missing(done: Iterable[dict[str, Any]], datasets: int) -> list[tuple[str, int]]:
+    """Cells still to do, all functions of a data set before the next."""
+    there = {(entry["function"], entry["dataset"]) for entry in done}
+    return [(name, d) for d in range(datasets) for name in FUNCTIONS if (name, d) not in there]
+
+
+def regrets(entries: Sequence[dict[str, Any]], key: str) -> dict[str, Array]:
+    """Logarithm of the regret of each rule, one for each entry."""
+    result: dict[str, list[float]] = {}
+    for entry in entries:
+        errors = {int(width): float(np.log(values).mean()) for width, values in entry["test_errors"][key].items()}
+        least = min(errors[width] for width in entry["grid"])
+        for rule, (width, _) in entry["choices"][key].items():
+            result.setdefault(rule, []).append(errors[width] - least)
+    return {rule: np.array(values) for rule, values in result.items()}
+
+
+def _interval(values: Array, names: Sequence[str]) -> tuple[float, float, float]:
+    """Mean over functions, and a 95 % bootstrap interval that draws functions, and data sets within them."""
+    rng = np.random.default_rng(0)
+    groups = [values[[other == name for other in names]] for name in dict.fromkeys(names)]
+    draws = [
+        np.mean([rng.choice(groups[g], len(groups[g])).mean() for g in rng.integers(len(groups), size=len(groups))])
+        for _ in range(2000)
+    ]
+    lower, upper = np.quantile(draws, [0.025, 0.975])
+    return float(np.mean([group.mean() for group in groups])), float(lower), float(upper)
+
+
+def rows(entries: Sequence[dict[str, Any]], key: str, reference: str) -> list[list[str]]:
+    """Rule, trainings, regret with interval, ratio to the reference rule with interval, worst, median width."""
+    names = [entry["function"] for entry in entries]
+    logs = regrets(entries, key)
+    table: list[list[str]] = []
+    for rule, values in sorted(logs.items(), key=lambda item: item[1].mean()):
+        widths, trainings = zip(*(entry["choices"][key][rule] for entry in entries), strict=True)
+        mean, ratio = _interval(values, names), _interval(values - logs[reference], names)
+        table.append(
+            [
+                rule,
+                f"{np.mean(trainings):.0f}",
+                "{:.2f} ({:.2f} to {:.2f})".format(*np.exp(mean)),
+                "" if rule == reference else "{:.2f} ({:.2f} to {:.2f})".format(*np.exp(ratio)),
+                f"{np.exp(values.max()):.1f}",
+                f"{np.median(widths):.0f}",
+            ]
+        )
+    return table
+
+
+def needed_width(name: str, grid: Sequence[int], samples: int = 1000, threshold: float = 0.05) -> int | None:
+    """Smallest width whose best of three noiseless students of many samples is within the threshold; None if none."""
+    function = FUNCTIONS[name]
+    x = np.random.default_rng(5).random((samples, function.inputs))
+    data, unseen = unseen_data(function, samples), unseen_data(function, 2000)
+    data = Data(x, *_exact(name, x))
+    for width in grid:
+        if min(_test_errors(fit, data, unseen, width, True)) < threshold:
+            return width
+    return None
+
+
+def _exact(name: str, x: Array) -> tuple[Array, Array]:
+    from capacity_functions import value_and_slopes
+
+    return value_and_slopes(FUNCTIONS[name], x)
+
+
+def draw(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """Gaps by width, and regret against trainings without and with derivatives."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.6), dpi=109, layout="constrained")
+    colours = plt.get_cmap("tab10")
+    for index, name in enumerate(dict.fromkeys(entry["function"] for entry in entries)):
+        of = [entry for entry in entries if entry["function"] == name]
+        axes[0].plot(of[0]["grid"], np.mean([e["gap"] for e in of], axis=0), ".-", color=colours(index), label=name)
+    axes[0].set_xscale("log")
+    axes[0].set_xticks(entries[0]["grid"], [str(width) for width in entries[0]["grid"]])
+    axes[0].minorticks_off()
+    axes[0].set_xlabel("hidden nodes")
+    axes[0].set_ylabel("gap: log error without - log error with")
+    axes[0].set_title("The gap opens on every function", fontsize=10)
+    axes[0].legend(fontsize=7)
+    names = [entry["function"] for entry in entries]
+    for panel, key, colour in ((axes[1], "without", WITHOUT), (axes[2], "with", WITH)):
+        found = sorted(regrets(entries, key).items(), key=lambda item: item[1].mean())
+        for place, (rule, values) in enumerate(found):
+            mean, lower, upper = np.exp(_interval(values, names))
+            trainings = np.mean([entry["choices"][key][rule][1] for entry in entries])
+            panel.plot([lower, upper], [place, place], color=colour, linewidth=2, alpha=0.5)
+            panel.plot([mean], [place], "o", color=colour)
+            panel.text(1.01, place + 0.2, f"{rule} [{trainings:.0f}]", fontsize=7.5)
+        panel.set_ylim(len(found) - 0.4, -0.9)
+        panel.set_yticks([])
+        panel.set_xscale("log")
+        panel.set_xlim(left=1.0)
+        panel.set_xlabel("regret: test error / best width in hindsight")
+        panel.set_title(f"Trained {key} derivatives [trainings spent]", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def report(entries: Sequence[dict[str, Any]]) -> None:
+    """Print what goes into docs/capacity.md."""
+    datasets = len({entry["dataset"] for entry in entries})
+    print(f"{len(entries)} data sets: {len({e['function'] for e in entries})} functions, up to {datasets} of each\n")
+    reference = "cross-validation, values"
+    header = ["rule", "trainings", "regret (95 %)", "its ratio to cross-validation's", "worst", "median width"]
+    for key in ("without", "with"):
+        print(_markdown([f"{key} derivatives: {header[0]}", *header[1:]], rows(entries, key, reference)))
+    body: list[list[str]] = []
+    for name in dict.fromkeys(entry["function"] for entry in entries):
+        of = [entry for entry in entries if entry["function"] == name]
+        best: dict[str, list[int]] = {}
+        for key in ("without", "with"):
+            best[key] = [
+                min(e["grid"], key=lambda width, e=e, key=key: np.log(e["test_errors"][key][str(width)]).mean())
+                for e in of
+            ]
+        bounds = [np.inf if e["upper_bound"] is None else e["upper_bound"] for e in of]
+        shown = sum(np.isfinite(bounds))
+        logs = regrets(of, "without")
+        body.append(
+            [
+                name,
+                str(FUNCTIONS[name].samples),
+                f"{np.median(best['without']):.0f}",
+                f"{np.median(best['with']):.0f}",
+                f"{np.median([e['need'] for e in of]):.0f}",
+                f"{np.median(bounds):.0f} ({shown} of {len(of)})",
+                *(f"{np.exp(logs[rule].mean()):.2f}" for rule in ("gap: min(need, upper bound)", reference)),
+                f"{np.exp(logs['derivative error at the training points, 5 seeds'].mean()):.2f}",
+                f"{100 * np.mean([e['not_converged'] for e in of]):.0f} %",
+            ]
+        )
+    titles = ["function", "N", "best without", "best with", "need", "upper bound (shown in)", "regret: gap"]
+    print(_markdown([*titles, "cross-validation", "derivative error", "not converged"], body))
+
+
+def main() -> None:
+    """Measure what is missing, then report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--datasets", type=int, default=10)
+    parser.add_argument("--report", action="store_true", help="only what was measured so far")
+    options = parser.parse_args()
+    PATH.parent.mkdir(exist_ok=True)
+    entries = [json.loads(line) for line in PATH.read_text().splitlines()] if PATH.exists() else []
+    todo = [] if options.report else missing(entries, options.datasets)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar, PATH.open("a") as file:
+        task = bar.add_task("", total=len(todo) + len(entries), completed=len(entries))
+        for name, dataset in todo:
+            bar.update(task, description=f"{name}, data set {dataset}")
+            entry = cell(name, dataset, GRID)
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            entries.append(entry)
+            bar.advance(task)
+    report(entries)
+    for name in FUNCTIONS:
+        if name.startswith("teacher"):
+            print(f"{name}: noiseless students of 1,000 samples need {needed_width(name, range(1, 11))} hidden nodes")
+    draw(entries, PICTURE)
+    print(f"{sum(entry['seconds'] for entry in entries):.0f} processor seconds; {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()
