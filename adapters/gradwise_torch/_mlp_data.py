@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwise._matching_data import accepted_text, jacobian_shapes
-from gradwise._matching_scale import matching_scale
+from gradwise._matching_scale import MatchingScale, matching_scale, positive_or_one
 from gradwise._scaling import DerivativeScaler
 
-__all__ = ["Derivatives", "TrainingData", "as_targets", "prepare"]
+__all__ = ["Derivatives", "TrainingData", "as_targets", "prepare", "rows_first"]
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -45,8 +45,22 @@ class TrainingData(NamedTuple):
     threshold: Floats | None
 
 
+def rows_first(layout: str, X: Any, y: Any, dydx: Any, mask: Any, X_dydx: Any) -> tuple[Any, ...]:
+    """Bring arrays with samples last (layout "jenn") to samples first; others are returned as they are."""
+    if layout != "jenn":
+        return X, y, dydx, mask, X_dydx
+    moved: list[Any] = []
+    for name, value, ndim in (("X", X, 2), ("y", y, 2), ("dydx", dydx, 3), ("mask", mask, 3), ("X_dydx", X_dydx, 2)):
+        if value is not None and np.ndim(value) != ndim:
+            axes = "(n_inputs, n)" if name[0] == "X" else "(n_outputs, n)" if ndim == 2 else "(n_outputs, n_inputs, n)"
+            msg = f'`{name}` must have shape {axes} in layout "jenn"; got {np.shape(value)}'
+            raise ValueError(msg)
+        moved.append(None if value is None else np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0)))
+    return tuple(moved)
+
+
 def as_targets(
-    dydx: Any, mask: Any, X: Floats, weight: Floats | None, n_outputs: int, *, per_sample: bool
+    dydx: Any, mask: Any, X: Floats, weight: Floats | None, n_outputs: int, *, name: str
 ) -> Derivatives | None:
     """Check derivatives and bring them to the core's shape; None if none is known.
 
@@ -59,8 +73,8 @@ def as_targets(
     weight : array of shape (rows,), optional
         Weights of the rows; rows of weight 0 know nothing.
     n_outputs : int
-    per_sample : bool
-        Whether shape errors speak of `X` (else of `X_dydx`).
+    name : str
+        What an error of shape calls `X`.
 
     Raises
     ------
@@ -72,8 +86,7 @@ def as_targets(
     shapes = jacobian_shapes(X.shape, n_outputs)
     target = np.asarray(dydx, dtype=np.float64)
     if target.shape not in shapes:
-        where = "X" if per_sample else "X_dydx"
-        msg = f"`dydx` must have shape {accepted_text(shapes)} to go with `{where}`; got {target.shape}"
+        msg = f"`dydx` must have shape {accepted_text(shapes)} to go with `{name}`; got {target.shape}"
         raise ValueError(msg)
     known = ~np.isnan(target)
     if not np.all(np.isfinite(target) | ~known):
@@ -97,7 +110,14 @@ def as_targets(
 
 
 def prepare(
-    X: Floats, y: Floats, weight: Floats | None, derivatives: Derivatives | None, *, scale: str, shared: bool
+    X: Floats,
+    y: Floats,
+    weight: Floats | None,
+    derivatives: Derivatives | None,
+    *,
+    scale: str,
+    shared: bool,
+    scaler: DerivativeScaler | None = None,
 ) -> tuple[TrainingData, DerivativeScaler]:
     """Standardise, and find the scales of the derivative loss.
 
@@ -113,31 +133,34 @@ def prepare(
     scale : {"block", "per_input", "none"}
     shared : bool
         Whether `derivatives.x` is `X`.
+    scaler : DerivativeScaler, optional
+        A fitted one, whose units are kept.
     """
     weights = np.ones(len(X)) if weight is None else weight
     positions, position_weights = X, weights
     if derivatives is not None and not shared:
         positions = np.concatenate([X, derivatives.x])
         position_weights = np.concatenate([weights, derivatives.weight])
-    scaler = DerivativeScaler().fit(X, y)
-    scaler.x_mean_, sigma_x = _moments(positions, position_weights)
-    scaler.y_mean_, sigma_y = _moments(y, weights)
-    scaler.x_scale_ = np.where(sigma_x > 0, sigma_x, 1.0)
-    # Two rows of -1 and 1 have deviation 1: what standardised inputs and outputs have, unless they are constant.
-    unit_x, unit_y = (np.outer([-1.0, 1.0], sigma > 0) for sigma in (sigma_x, sigma_y))
-    scaler.y_scale_ = np.where(sigma_y > 0, sigma_y, 1.0)
+    x_mean, sigma_x = _moments(positions, position_weights)
+    y_mean, sigma_y = _moments(y, weights)
+    target = None if derivatives is None else _weighted(derivatives, scale)
+    if scaler is None:
+        scaler = DerivativeScaler().fit(X, y)
+        scaler.x_mean_, scaler.y_mean_ = x_mean, y_mean
+        scaler.x_scale_, scaler.y_scale_ = positive_or_one(sigma_x, np), positive_or_one(sigma_y, np)
+        if target is not None and not np.all(sigma_y > 0):
+            # Two rows of -1 and 1 have deviation 1: that is how `matching_scale` is told of deviations.
+            first_order = matching_scale(np.outer([-1.0, 1.0], sigma_x), None, target, scale="block", xp=np).threshold
+            scaler.y_scale_ = np.where(sigma_y > 0, sigma_y, first_order * X.shape[1] ** 0.5)
     scales = None
-    if derivatives is not None:
-        target = _weighted(derivatives, scale)
-        constant = ~(sigma_y > 0)
-        if constant.any():
-            first_order = matching_scale(unit_x * scaler.x_scale_, None, target, scale="block", xp=np).threshold
-            scaler.y_scale_ = np.where(constant, first_order * X.shape[1] ** 0.5, scaler.y_scale_)
+    if derivatives is not None and target is not None:
         chain = scaler.x_scale_ / scaler.y_scale_[:, None]
+        unit_x, unit_y = (
+            np.outer([-1.0, 1.0], part) for part in (sigma_x / scaler.x_scale_, sigma_y / scaler.y_scale_)
+        )
         scales = matching_scale(unit_x, unit_y, target * chain, scale=scale, xp=np)
-        if scale == "none":  # raw derivatives in the user's units, relative to the variance of y
-            scales = scales._replace(scale=scales.scale / chain / scaler.y_scale_[:, None])
-            scales = scales._replace(threshold=scales.threshold / scaler.y_scale_)
+        if scale == "none":  # raw derivatives, relative to the deviation of y
+            scales = MatchingScale(np.ones_like(chain) / scaler.x_scale_, scales.threshold / scaler.y_scale_)
         derivatives = derivatives._replace(
             x=(derivatives.x - scaler.x_mean_) / scaler.x_scale_, target=derivatives.target * chain
         )

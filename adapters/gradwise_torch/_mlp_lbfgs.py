@@ -153,23 +153,24 @@ def _between(low: _Point, high: _Point) -> float:
 
 
 def minimise_all(objective: Callable[[Floats], tuple[Floats, Floats]], searches: list[Search]) -> list[Minimum]:
-    """Run searches side by side: each gets its own line searches, all their points are evaluated in one call.
+    """Run searches side by side: each has its own line searches, their points are evaluated in one call.
 
     Parameters
     ----------
     objective : callable
-        From weight vectors of shape (members, n_parameters) to losses (members,) and gradients (members, n_parameters).
+        From weight vectors of shape (members, n_parameters) to losses (members,) and gradients (members, n_parameters);
+        always called with all members, so that it may treat them differently.
     searches : list of generators from `lbfgs`
+        One for each member.
     """
     points = np.stack([next(search) for search in searches])
     found: dict[int, Minimum] = {}
     while len(found) < len(searches):
         losses, gradients = objective(points)
         for member, search in enumerate(searches):
-            if member in found:  # evaluated in vain: the others would not be faster alone
-                continue
-            try:
-                points[member] = search.send((float(losses[member]), gradients[member].copy()))
-            except StopIteration as stop:
-                found[member] = stop.value
+            if member not in found:
+                try:
+                    points[member] = search.send((float(losses[member]), gradients[member]))
+                except StopIteration as stop:
+                    found[member] = stop.value
     return [found[member] for member in range(len(searches))]

@@ -1,7 +1,6 @@
-"""A multilayer perceptron as a function of one flat vector of weights, with its derivatives as plain operations."""
+"""A multilayer perceptron as a function of flat weight vectors: sizes, initial weights, values, input derivatives."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,84 +8,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "PIECEWISE_LINEAR", "Architecture"]
+from gradwise_torch._mlp_activations import ACTIVATIONS
 
-Activation = Callable[[Tensor], tuple[Tensor, Tensor]]
+__all__ = ["Architecture", "Pass"]
+
 Layers = list[tuple[Tensor, Tensor]]
 
 
-def _tanh(z: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(z)
-    return h, 1 - h * h
-
-
-def _logistic(z: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.sigmoid(z)
-    return h, h * (1 - h)
-
-
-def _softplus(z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.nn.functional.softplus(z), torch.sigmoid(z)
-
-
-def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
-    gate = torch.sigmoid(z)
-    h = z * gate
-    return h, gate + h * (1 - gate)
-
-
-def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
-    cumulative = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-    return z * cumulative, cumulative + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-
-
-def _sin(z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.sin(z), torch.cos(z)
-
-
-def _relu(z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.relu(z), (z > 0).to(z.dtype)
-
-
-def _identity(z: Tensor) -> tuple[Tensor, Tensor]:
-    return z, torch.ones_like(z)
-
-
-# Value and slope of each: the slope is itself differentiated in training.
-ACTIVATIONS: dict[str, Activation] = {
-    "tanh": _tanh,
-    "softplus": _softplus,
-    "silu": _silu,
-    "gelu": _gelu,
-    "sin": _sin,
-    "logistic": _logistic,
-    "relu": _relu,
-    "identity": _identity,
-}
-PIECEWISE_LINEAR = ("relu", "identity")
-
-
 class Architecture(NamedTuple):
-    """Sizes and activation. Weights are one vector `theta`, (n_parameters,) or for members (members, n_parameters)."""
+    """Sizes and activation. Weights are vectors `theta` of shape (members, n_parameters): members are independent."""
 
     sizes: tuple[int, ...]
     """Inputs, hidden layers, outputs."""
     activation: str
 
     @property
-    def n_parameters(self) -> int:
-        """Length of a weight vector."""
-        return sum((fan_in + 1) * fan_out for fan_in, fan_out in self.fans)
-
-    @property
     def fans(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer."""
         return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
 
+    @property
+    def n_parameters(self) -> int:
+        """Length of a weight vector."""
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in self.fans)
+
     def initial(self, seed: int) -> NDArray[np.float64]:
         """Draw Xavier's normal weights; biases of hidden layers are uniform within one unit, those of the output 0.
 
-        The inputs are standardised, so kinks and bends of the first layer start within the data.
+        The inputs are standardised, so that the bends of the first layer start within the data.
         """
         rng = np.random.default_rng(seed)
         parts: list[NDArray[np.float64]] = []
@@ -102,46 +51,113 @@ class Architecture(NamedTuple):
         return np.concatenate(parts)
 
     def layers(self, theta: Tensor) -> Layers:
-        """Weights (..., fan_in, fan_out) and biases (..., 1, fan_out) of each layer, as views of `theta`."""
-        members = theta.shape[:-1]
+        """Weights (members, fan_in, fan_out) and biases (members, 1, fan_out) of each layer, as views of `theta`."""
         lengths = [length for fan_in, fan_out in self.fans for length in (fan_in * fan_out, fan_out)]
-        parts = torch.split(theta, lengths, dim=-1)
+        parts = torch.split(theta, lengths, dim=1)
         return [
-            (weight.view(*members, fan_in, fan_out), bias.view(*members, 1, fan_out))
+            (weight.view(-1, fan_in, fan_out), bias.view(-1, 1, fan_out))
             for (fan_in, fan_out), weight, bias in zip(self.fans, parts[::2], parts[1::2], strict=True)
         ]
 
     def values(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Outputs of shape (..., n, n_outputs) at `x` of shape (n, n_inputs)."""
+        """Outputs of shape (members, n, n_outputs) at `x` of shape (n, n_inputs)."""
         activation = ACTIVATIONS[self.activation]
         *hidden, (weight, bias) = self.layers(theta)
+        h = x.expand(len(theta), *x.shape)
         for w, b in hidden:
-            x = activation(torch.matmul(x, w) + b)[0]
-        return torch.matmul(x, weight) + bias
+            h = activation.value(torch.baddbmm(b, h, w))
+        return torch.baddbmm(bias, h, weight)
 
-    def values_and_jacobian(self, theta: Tensor, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Outputs at all rows of `x`, and their derivatives at the rows from `first` on.
 
-        The adjoint of every output is carried back through the layers by plain operations, one row for each output, so
-        that training needs an ordinary backward pass only.
+class Pass:
+    """A forward pass with input derivatives, and the gradient of a loss of both, by plain operations without a graph.
 
-        Returns
-        -------
-        values : Tensor of shape (..., n, n_outputs)
-        jacobian : Tensor of shape (..., n - first, n_outputs, n_inputs)
+    The adjoints A of the outputs are carried back through the layers, ``F_l = A_l * s_l``, ``A_(l-1) = F_l W_l^T`` with
+    the slopes s of the activations; A_0 is the Jacobian. `gradient` is the chain rule for the whole program, two to
+    three times as fast as autograd's for small networks.
+
+    Attributes
+    ----------
+    values : Tensor of shape (members, n, n_outputs)
+    jacobian : Tensor of shape (members, n - first, n_outputs, n_inputs), or None
+        At the rows from `first` on.
+    """
+
+    def __init__(self, architecture: Architecture, theta: Tensor, x: Tensor, first: int | None) -> None:
+        """Run at `x` of shape (n, n_inputs); without derivatives if `first` is None."""
+        activation = self.activation = ACTIVATIONS[architecture.activation]
+        self.first = first
+        *self.hidden, self.output = architecture.layers(theta)
+        h = x.expand(len(theta), *x.shape)
+        self.inputs: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.slopes: list[Tensor] = []
+        for w, b in self.hidden:
+            self.inputs.append(h)
+            z = torch.baddbmm(b, h, w)
+            h = activation.value(z)
+            self.sums.append(z)
+            self.slopes.append(activation.slope(z, h))
+        self.inputs.append(h)
+        self.values = torch.baddbmm(self.output[1], h, self.output[0])
+        self.jacobian: Tensor | None = None
+        if first is None:
+            return
+        members, n, n_outputs = self.values.shape
+        self.adjoints: list[Tensor] = []  # each (members, n_outputs, rows, width)
+        self.carried: list[Tensor] = []
+        adjoint = self.output[0].mT[:, :, None, :]
+        for (w, _), slope in zip(reversed(self.hidden), reversed(self.slopes), strict=True):
+            carried = (adjoint * slope[:, None, first:]).reshape(members, n_outputs * (n - first), w.shape[2])
+            self.adjoints.append(adjoint)
+            self.carried.append(carried)
+            adjoint = torch.bmm(carried, w.mT).reshape(members, n_outputs, n - first, w.shape[1])
+        self.jacobian = adjoint.transpose(1, 2).expand(members, n - first, n_outputs, architecture.sizes[0])
+
+    def gradient(self, values_gradient: Tensor, jacobian_gradient: Tensor | None) -> Tensor:
+        """Gradient with respect to theta, (members, n_parameters), of a loss with these gradients.
+
+        Parameters
+        ----------
+        values_gradient : Tensor of the shape of `values`
+        jacobian_gradient : Tensor of the shape of `jacobian`, or None
         """
-        activation = ACTIVATIONS[self.activation]
-        *hidden, (weight, bias) = self.layers(theta)
-        slopes: list[Tensor] = []
-        for w, b in hidden:
-            x, slope = activation(torch.matmul(x, w) + b)
-            slopes.append(slope[..., first:, :] if first else slope)
-        values = torch.matmul(x, weight) + bias
-        n_outputs, rows = self.sizes[-1], values.shape[-2] - first
-        members = theta.shape[:-1]
-        adjoint = weight.mT[..., None, :]  # (..., n_outputs, 1, fan_in)
-        for (w, _), slope in zip(reversed(hidden), reversed(slopes), strict=True):
-            flat = (adjoint * slope[..., None, :, :]).reshape(*members, n_outputs * rows, w.shape[-1])
-            adjoint = torch.matmul(flat, w.mT).view(*members, n_outputs, rows, w.shape[-2])
-        jacobian = adjoint.transpose(-3, -2)
-        return values, jacobian.expand(*members, rows, n_outputs, self.sizes[0])
+        weights, biases = [torch.empty(0)] * len(self.inputs), [torch.empty(0)] * len(self.inputs)
+        bends: list[Tensor] = []
+        through_slopes = None
+        if jacobian_gradient is not None:
+            back = jacobian_gradient.transpose(1, 2)
+            for layer, (w, _) in enumerate(self.hidden):
+                back = back.reshape(len(w), -1, w.shape[1])
+                weights[layer] = torch.bmm(back.mT, self.carried[-1 - layer])
+                adjoint = self.adjoints[-1 - layer]
+                slope = self.slopes[layer][:, None, self.first :]
+                bend = torch.bmm(back, w).view(len(w), -1, slope.shape[2], w.shape[2])
+                product = bend * adjoint
+                bends.append(product[:, 0] if product.shape[1] == 1 else product.sum(dim=1))
+                back = bend * slope
+            through_slopes = back.sum(dim=2).mT
+        back = values_gradient
+        weights[-1] = weighted = torch.bmm(self.inputs[-1].mT, back)
+        if through_slopes is not None:
+            weights[-1] = weighted + through_slopes
+        biases[-1] = back.sum(dim=1)
+        incoming = self.output[0]
+        for layer in reversed(range(len(self.hidden))):
+            w, _ = self.hidden[layer]
+            h, slope = self.inputs[layer + 1], self.slopes[layer]
+            back = torch.bmm(back, incoming.mT) * slope
+            if bends:
+                curvature = self.activation.curvature(self.sums[layer], h, slope)
+                if self.first:
+                    back[:, self.first :] += bends[layer] * curvature[:, self.first :]
+                else:
+                    back = torch.addcmul(back, bends[layer], curvature)
+            if bends:
+                weights[layer] = torch.baddbmm(weights[layer], self.inputs[layer].mT, back)
+            else:
+                weights[layer] = torch.bmm(self.inputs[layer].mT, back)
+            biases[layer] = back.sum(dim=1)
+            incoming = w
+        parts = [part.flatten(1) for pair in zip(weights, biases, strict=True) for part in pair]
+        return torch.cat(parts, dim=1)
