@@ -13,7 +13,7 @@ from gradwise_keras._derivatives import Linearization, linearize
 from gradwise_keras._matching_loss import GradientMatching
 from gradwise_keras._projections import DerivativeLossTracker, draw_outputs
 from gradwise_keras._training_data import check_targets, fit_scales
-from gradwise_keras._traps import warn_kinks
+from gradwise_keras._traps import warn_free_offset, warn_kinks
 from gradwise_keras._vjp import outside_compilation
 
 __all__ = ["AttachedMatching", "attach_gradient_matching"]
@@ -158,6 +158,9 @@ class AttachedMatching:
         """As `keras.Model.fit`, with targets ``{"y": y, "dydx": dydx}``."""
         if self.matching.derivative_weight > 0:
             warn_kinks(self.model)
+            # A model that has no compiled loss may compute its own. If not, Keras raises on some backends.
+            own = type(self.model).compute_loss is not keras.Model.compute_loss
+            warn_free_offset(self.model, free=self.model.loss is None and not own)
         before = self.matching.statistics
         fit_scales([self.matching], self._fit, args, kwargs)
         if self.matching.statistics is not before:
