@@ -6,13 +6,14 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench bench-speed clean
+.PHONY: help demo test venv lint types unit bench bench-matching bench-speed clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
 	@echo "make test    lint, types and all tests, those of Keras on its three backends"
 	@echo "make venv    .venv with every extra"
 	@echo "make bench-speed   what a step costs, beside IVON, SAM, jenn and loops by hand: out/speed.md (half an hour)"
+	@echo "make bench-matching   surrogates with derivatives, beside jenn, GENN, kriging and GEKPLS (an hour; resumable)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -35,12 +36,18 @@ unit: .venv/.test
 bench-speed: .venv/.bench
 	$(BIN)/python benchmarks/speed.py --compile --threads both
 
-bench: bench-speed
+bench-matching: .venv/.bench
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/matching_study.py
+
+bench: bench-speed bench-matching
 	$(BIN)/python benchmarks/vectorize_rule.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/relative_noise.py
 	$(BIN)/python benchmarks/keras_speed.py
+
+bench-second-order: .venv/.demo
+	PYTHONPATH=examples $(BIN)/python benchmarks/second_order_study.py
 
 venv: .venv/.test
 	$(INSTALL) ".[torch,keras,tensorflow,jax,lightning,transformers,plot,bench,test,docs]"
