@@ -10,6 +10,8 @@ import gradwise.keras
 import gradwise.torch
 
 CORE = {
+    "DerivativeReport",
+    "check_derivatives",
     "CapacityStudy",
     "DerivativeScaler",
     "GradientEnhancedRidge",
@@ -33,6 +35,7 @@ TORCH = {
     "GradientEnhancedMLPRegressor",
     "GradientMatching",
     "PopulationGradient",
+    "SMTSurrogate",
     "jvp",
     "teacher_jacobian",
     "value_and_jacobian",

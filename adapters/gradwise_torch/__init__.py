@@ -9,11 +9,13 @@ from gradwise_torch._population import PopulationGradient
 
 if TYPE_CHECKING:
     from gradwise_torch._mlp_regressor import GradientEnhancedMLPRegressor
+    from gradwise_torch._smt import SMTSurrogate
 
 __all__ = [
     "GradientEnhancedMLPRegressor",
     "GradientMatching",
     "PopulationGradient",
+    "SMTSurrogate",
     "jvp",
     "teacher_jacobian",
     "value_and_jacobian",
@@ -24,7 +26,7 @@ for _public in (GradientMatching, PopulationGradient, jvp, teacher_jacobian, val
     _public.__module__ = "gradwise.torch"  # where users find it: in reprs and pickles too
 
 # Estimators need scikit-learn, whose import takes over a second that a training loop need not pay.
-_LATER = {"GradientEnhancedMLPRegressor": "_mlp_regressor"}
+_LATER = {"GradientEnhancedMLPRegressor": "_mlp_regressor", "SMTSurrogate": "_smt"}
 
 
 def __getattr__(name: str) -> Any:

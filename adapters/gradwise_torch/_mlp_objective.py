@@ -41,7 +41,8 @@ class Objective:
     ----------
     architecture : Architecture
     data : TrainingData
-    derivative_weight, alpha : float
+    derivative_weight : float or array of shape (members,)
+    alpha : float
     loss : {"mse", "huber"}
     dtype : torch.dtype
     folds : pair of arrays of shape (members, n) and (members, rows), optional
@@ -53,7 +54,7 @@ class Objective:
         architecture: Architecture,
         data: TrainingData,
         *,
-        derivative_weight: float,
+        derivative_weight: float | Floats,
         alpha: float,
         loss: str,
         dtype: torch.dtype,
@@ -62,8 +63,10 @@ class Objective:
         def tensor(array: Any) -> Tensor:
             return torch.as_tensor(np.ascontiguousarray(array), dtype=dtype)
 
-        self.architecture, self.loss, self.derivative_weight = architecture, loss, derivative_weight
-        self.folded = folds is not None
+        self.architecture, self.loss = architecture, loss
+        self.derivative_weight = tensor(derivative_weight) if np.ndim(derivative_weight) else derivative_weight
+        # Members differ in more than their initial weights.
+        self.folded = folds is not None or np.ndim(derivative_weight) > 0
         self.penalty = tensor(architecture.penalised()) * (alpha / data.total_weight)
         self.scale = None if data.scale is None else tensor(data.scale)
         self.threshold = 1.0 if data.threshold is None else tensor(data.threshold)
@@ -120,8 +123,9 @@ class Objective:
             xp=torch,
         )
         # "none" multiplies each term by the number of terms, so that their mean is the mean: here a term is a member.
-        factor = self.derivative_weight * self.architecture.sizes[0] / len(values)
-        return losses + reduce_terms(numerators, batch.total, factor=factor, reduction="none", xp=torch)
+        factor = self.architecture.sizes[0] / len(values)
+        matching = reduce_terms(numerators, batch.total, factor=factor, reduction="none", xp=torch)
+        return losses + self.derivative_weight * matching
 
     def __call__(self, theta: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         """Losses (members,) and gradients (members, n_parameters) at theta (members, n_parameters)."""

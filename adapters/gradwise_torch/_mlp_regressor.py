@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from gradwise_torch._mlp_activations import PIECEWISE_LINEAR
 from gradwise_torch._mlp_data import Derivatives, as_targets, prepare, rows_first
 from gradwise_torch._mlp_network import Architecture, Pass
-from gradwise_torch._mlp_noise import automatic_weight
+from gradwise_torch._mlp_noise import choose_weight
 from gradwise_torch._mlp_objective import Objective
 from gradwise_torch._mlp_parameters import check_parameters
 from gradwise_torch._mlp_save import read, write
@@ -130,6 +130,16 @@ class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimat
     True
     """
 
+    n_features_in_: int
+    n_outputs_: int
+    n_iter_: int
+    loss_: float
+    loss_curve_: list[float]
+    converged_: bool
+    derivative_weight_: float
+    derivative_noise_: float
+    weights_: Floats
+
     def __init__(
         self,
         hidden_layer_sizes: Any = (64, 64),
@@ -239,9 +249,8 @@ class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimat
         dtype = torch.float64 if self.dtype == "float64" else torch.float32
         used, noise = 0.0 if derivatives is None else self.derivative_weight, float("nan")
         if used == "auto":
-            used, noise = automatic_weight(
-                architecture, data, alpha=self.alpha, loss=self.derivative_loss, seed=shuffle
-            )
+            choice = choose_weight(architecture, data, alpha=self.alpha, loss=self.derivative_loss, seed=shuffle)
+            used, noise = choice.weight, choice.noise
         objective = Objective(
             architecture,
             data,

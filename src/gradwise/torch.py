@@ -19,12 +19,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(msg, name="torch") from error
 
 if TYPE_CHECKING:
-    from gradwise_torch import GradientEnhancedMLPRegressor
+    from gradwise_torch import GradientEnhancedMLPRegressor, SMTSurrogate
 
 __all__ = [
     "GradientEnhancedMLPRegressor",
     "GradientMatching",
     "PopulationGradient",
+    "SMTSurrogate",
     "jvp",
     "teacher_jacobian",
     "value_and_jacobian",
