@@ -13,6 +13,8 @@ from gradwise._population import Population
 
 if TYPE_CHECKING:
     from gradwise._capacity import CapacityStudy, capacity_study
+    from gradwise._check_derivatives import check_derivatives
+    from gradwise._derivative_report import DerivativeReport
     from gradwise._ridge import GradientEnhancedRidge
     from gradwise._ridge_cv import GradientEnhancedRidgeCV
     from gradwise._scaling import DerivativeScaler
@@ -23,12 +25,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CapacityStudy",
+    "DerivativeReport",
     "DerivativeScaler",
     "GradientEnhancedRidge",
     "GradientEnhancedRidgeCV",
     "Population",
     "__version__",
     "capacity_study",
+    "check_derivatives",
     "estimate_gradients",
     "finite_difference_jacobian",
     "gradient_matching_loss",
@@ -37,11 +41,13 @@ __all__ = [
 # Looked up when first used: an estimator needs scikit-learn, whose import takes over a second that a torch training
 # loop need not pay.
 _LAZY = {
+    "DerivativeReport": "gradwise._derivative_report",
     "CapacityStudy": "gradwise._capacity",
     "DerivativeScaler": "gradwise._scaling",
     "GradientEnhancedRidge": "gradwise._ridge",
     "GradientEnhancedRidgeCV": "gradwise._ridge_cv",
     "capacity_study": "gradwise._capacity",
+    "check_derivatives": "gradwise._check_derivatives",
     "estimate_gradients": "gradwise._targets",
     "finite_difference_jacobian": "gradwise._targets_differences",
 }
