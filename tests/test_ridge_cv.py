@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, SplineTransformer, StandardScaler
 
 import gradwise._ridge_data
-from gradwise import GradientEnhancedRidge, GradientEnhancedRidgeCV
+from gradwise import GradientEnhancedRidge, GradientEnhancedRidgeCV, estimate_gradients
 from gradwise._ridge_data import training_samples
 from gradwise._ridge_equations import coefficients, equations
 from gradwise._ridge_loo import leave_one_out
@@ -178,6 +178,35 @@ def test_good_derivatives_are_used_and_hopeless_ones_are_not():
     assert wrong.derivative_weight_ <= 0.01
     without = GradientEnhancedRidgeCV(derivative_weights=[0.0]).fit(X, y, exact)
     np.testing.assert_allclose(without.coef_, GradientEnhancedRidgeCV().fit(X, y).coef_, rtol=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_estimated_derivatives_do_not_know_the_values_that_are_held_out(outputs):
+    X, y, _, s = data(30)
+    y = y[:, 0] if outputs == 1 else y
+    s[4] = 0.0
+    seen = []
+
+    def estimate(X, y):
+        seen.append((X, y))
+        return estimate_gradients(X, y)
+
+    model = GradientEnhancedRidgeCV(ALPHAS, WEIGHTS, cv=3).fit(X, y, estimate, s)
+    kept = np.flatnonzero(s)
+    expected = [kept, *(np.setdiff1d(train, [4]) for train, _ in KFold(3).split(X))]
+    assert len(seen) == 4
+    for (inputs, values), rows in zip(seen, expected, strict=True):
+        np.testing.assert_array_equal(inputs, X[rows])
+        np.testing.assert_array_equal(values, y[rows])
+    arrays = GradientEnhancedRidge(model.alpha_, model.derivative_weight_)
+    direct = clone(arrays).fit(X, y, estimate, s)
+    np.testing.assert_allclose(model.coef_, direct.coef_, rtol=1e-10)
+    by_hand = clone(arrays).fit(X[kept], y[kept], estimate_gradients(X[kept], y[kept]), s[kept])
+    np.testing.assert_array_equal(direct.coef_, by_hand.coef_)
+    with pytest.raises(ValueError, match="`cv` must not be None where `dydx` is a function"):
+        GradientEnhancedRidgeCV().fit(X, y, estimate_gradients)
+    with pytest.raises(TypeError, match="there is no `dydx`"):
+        direct.fit(X, y, estimate, mask=np.ones((30, 3), dtype=bool))
 
 
 def test_units_of_each_output_do_not_matter():

@@ -1,5 +1,6 @@
 """Ridge regression on values and derivatives."""
 
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import numpy as np
@@ -17,8 +18,11 @@ from sklearn.utils.validation import (  # pyright: ignore[reportMissingTypeStubs
 
 from gradwise._basis import derivatives, features, fitted_basis
 from gradwise._matching import check_non_negative
-from gradwise._ridge_data import Array, Samples, blocks, derivative_scale, training_samples
+from gradwise._ridge_data import Array, Samples, blocks, derivative_scale, estimated, training_samples
 from gradwise._ridge_equations import Equations, coefficients, equations
+
+# Arrays, or what makes them of X and y.
+Derivatives = ArrayLike | Callable[[Array, Array], ArrayLike] | None
 
 
 class LinearInBasis(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -77,7 +81,7 @@ class LinearInBasis(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return cast("Array", validate_data(self, cast("Any", X), dtype=np.float64, reset=False))
 
     def _samples(
-        self, X: Any, y: Any, dydx: ArrayLike | None, sample_weight: Any, mask: ArrayLike | None
+        self, X: Any, y: Any, dydx: Derivatives, sample_weight: Any, mask: ArrayLike | None
     ) -> tuple[Samples, tuple[int, ...]]:
         """Check the data, fit the basis and the scale; the samples, and the shape of one sample's y."""
         inputs, values = cast(
@@ -90,7 +94,10 @@ class LinearInBasis(MultiOutputMixin, RegressorMixin, BaseEstimator):
             else cast("Array", _check_sample_weight(sample_weight, inputs, dtype=np.float64))
         )
         values = np.asarray(values, dtype=np.float64)
-        samples = training_samples(inputs, values, dydx, mask=mask, sample_weight=weight)
+        given = None if callable(dydx) else dydx
+        samples = training_samples(inputs, values, given, mask=mask, sample_weight=weight)
+        if callable(dydx):
+            samples = estimated(samples, dydx, values.shape[1:])
         self.basis_ = fitted_basis(self.basis, samples.X, None if weight is None else samples.weight)
         self.derivative_scale_ = None if dydx is None else derivative_scale(samples)
         return samples, values.shape[1:]
@@ -201,7 +208,7 @@ class GradientEnhancedRidge(LinearInBasis):
         self,
         X: ArrayLike,
         y: ArrayLike,
-        dydx: ArrayLike | None = None,
+        dydx: Derivatives = None,
         sample_weight: ArrayLike | float | None = None,
         *,
         mask: ArrayLike | None = None,
@@ -214,8 +221,9 @@ class GradientEnhancedRidge(LinearInBasis):
             Inputs.
         y : array of shape (n,) or (n, n_outputs)
             Values.
-        dydx : array of shape (n, n_outputs, n_inputs), or (n, n_inputs) for one output, optional
-            Derivatives at the same points, in units of y per unit of X. NaN means unknown.
+        dydx : array of shape (n, n_outputs, n_inputs), or (n, n_inputs) for one output, or callable, optional
+            Derivatives at the same points, in units of y per unit of X. NaN means unknown. A function of (X, y), such
+            as `gradwise.estimate_gradients`, is called with the samples.
         sample_weight : array of shape (n,) or float, optional
             Weights of samples, values and derivatives alike. Integers are repeated rows, 0 removes.
         mask : boolean array of the shape of `dydx`, optional

@@ -13,8 +13,8 @@ from sklearn.metrics import check_scoring  # pyright: ignore[reportMissingTypeSt
 from sklearn.model_selection import check_cv  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
 from gradwise._matching import check_non_negative
-from gradwise._ridge import GradientEnhancedRidge, LinearInBasis
-from gradwise._ridge_data import Array, Samples, weighted_mean
+from gradwise._ridge import Derivatives, GradientEnhancedRidge, LinearInBasis
+from gradwise._ridge_data import Array, Samples, estimated, weighted_mean
 from gradwise._ridge_equations import Equations, coefficients, equations
 from gradwise._ridge_loo import leave_one_out
 
@@ -38,6 +38,9 @@ class GradientEnhancedRidgeCV(LinearInBasis):
     1 + n_inputs equations. Otherwise the model is refitted for each fold. The scale ``c_j`` of the derivatives and the
     basis (its knots, for example) see all samples in either case: neither knows the values, but for one number per
     output, sigma_y.
+
+    Derivatives that were estimated from the values know the values of their neighbours, held out or not; the scores
+    are then too good and the weight too large. Hand over the function that estimates them as `dydx`, and folds.
 
     Not for choosing among more candidates than there are samples to tell them apart, and not with ``cv=None`` for more
     than some hundreds of inputs: see the cost below.
@@ -120,7 +123,7 @@ class GradientEnhancedRidgeCV(LinearInBasis):
         self,
         X: ArrayLike,
         y: ArrayLike,
-        dydx: ArrayLike | None = None,
+        dydx: Derivatives = None,
         sample_weight: ArrayLike | float | None = None,
         *,
         mask: ArrayLike | None = None,
@@ -130,7 +133,8 @@ class GradientEnhancedRidgeCV(LinearInBasis):
         Parameters
         ----------
         X, y, dydx, sample_weight, mask
-            As in `GradientEnhancedRidge.fit`. Weights count in the score too.
+            As in `GradientEnhancedRidge.fit`. Weights count in the score too. With a function `dydx` each fold
+            estimates its derivatives from its own training samples.
 
         Returns
         -------
@@ -140,13 +144,17 @@ class GradientEnhancedRidgeCV(LinearInBasis):
         Raises
         ------
         ValueError
-            As `GradientEnhancedRidge.fit`, and if a list of candidates is empty, there are fewer than two samples, or
-            no candidate has a score (with ``alpha=0``, a fit may not be determined without one of the samples).
+            As `GradientEnhancedRidge.fit`; if `dydx` is a function and `cv` is None; if a list of candidates is empty
+            or there are fewer than two samples; and if no candidate has a score (with ``alpha=0``, a fit may not be
+            determined without one of the samples).
         TypeError
             As `GradientEnhancedRidge.fit`.
         """
         alphas = _candidates("alphas", self.alphas)
         weights = _candidates("derivative_weights", self.derivative_weights)
+        if callable(dydx) and self.cv is None:
+            msg = "`cv` must not be None where `dydx` is a function of the training samples; pass cv=5"
+            raise ValueError(msg)
         samples, y_shape = self._samples(X, y, dydx, sample_weight, mask)
         if dydx is None:
             weights = [0.0]
@@ -159,7 +167,8 @@ class GradientEnhancedRidgeCV(LinearInBasis):
         if self.cv is None:
             scores = self._leave_one_out_scores(samples, system, alphas, weights, y_shape)
         else:
-            scores = self._fold_scores(samples, _splits(self.cv, X, y, samples), alphas, weights, y_shape)
+            splits = _splits(self.cv, X, y, samples)
+            scores = self._fold_scores(samples, splits, dydx, alphas=alphas, weights=weights, y_shape=y_shape)
         # scores: (n_weights, n_alphas, n_splits). What cannot be scored (not determined without a sample) comes last.
         mean = np.where(np.isfinite(scores).all(axis=2), scores.mean(axis=2), -np.inf)
         if not np.isfinite(mean).any():
@@ -211,13 +220,16 @@ class GradientEnhancedRidgeCV(LinearInBasis):
         self,
         samples: Samples,
         splits: list[tuple[Rows, Rows]],
+        dydx: Derivatives,
+        *,
         alphas: Sequence[float],
         weights: Sequence[float],
         y_shape: tuple[int, ...],
     ) -> Array:
         scores = np.empty((len(weights), len(alphas), len(splits)))
         for k, (train, test) in enumerate(splits):
-            system, held_out = self._equations(samples.take(train)), samples.take(test)
+            rest, held_out = samples.take(train), samples.take(test)
+            system = self._equations(estimated(rest, dydx, y_shape) if callable(dydx) else rest)
             fold = GradientEnhancedRidge(fit_intercept=self.fit_intercept)
             fold.basis_, fold.n_features_in_ = self.basis_, self.n_features_in_
             for w, weight in enumerate(weights):

@@ -1,7 +1,7 @@
 """Training data of a regression on values and derivatives: what is known, how much it counts, in which units."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,13 @@ def training_samples(
         raise ValueError(msg)
     samples = Samples(X, values, weight, derivatives, known)
     return samples if (weight > 0).all() else samples.take(weight > 0)
+
+
+def estimated(samples: Samples, estimate: Callable[[Array, Array], ArrayLike], y_shape: tuple[int, ...]) -> Samples:
+    """`samples` with the derivatives that `estimate` makes of their own inputs and values, and of no others."""
+    found = estimate(samples.X, samples.y.reshape(-1, *y_shape))
+    with_estimates = training_samples(samples.X, samples.y, found, mask=None, sample_weight=samples.weight)
+    return replace(with_estimates, kept=samples.kept)
 
 
 def blocks(n: int, floats_per_row: int) -> Iterator[slice]:
