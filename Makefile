@@ -6,7 +6,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-speed clean
+.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-speed clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-speed   what a step costs, beside IVON, SAM, jenn and loops by hand: out/speed.md (half an hour)"
 	@echo "make bench-matching   surrogates with derivatives, beside jenn, GENN, kriging and GEKPLS (an hour; resumable)"
 	@echo "make bench-ridge   linear regression with derivatives: out/ridge_study.jsonl (ten minutes; resumable)"
+	@echo "make bench-capacity   widths that capacity_study recommends, beside Optuna (a quarter of an hour; resumable)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -43,7 +44,10 @@ bench-matching: .venv/.bench
 bench-ridge: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/ridge_study.py
 
-bench: bench-speed bench-matching bench-ridge
+bench-capacity: .venv/.bench
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/capacity_evidence.py
+
+bench: bench-speed bench-matching bench-ridge bench-capacity
 	$(BIN)/python benchmarks/vectorize_rule.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py

@@ -292,6 +292,33 @@ def test_mlp_regressor_without_further_ado() -> None:
     assert errors[:, 1].mean() < 0.3  # noise of a fifth of the spread of y
 
 
+@pytest.mark.parametrize("options", [{"networks": "without"}, {"cv": KFold(3)}])
+def test_seeds_of_the_regressor_are_members_of_one_ensemble(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradwise.torch import GradientEnhancedMLPRegressor
+
+    fitted: list[Any] = []
+    plain = GradientEnhancedMLPRegressor.fit
+
+    def fit(self: Any, *data: Any) -> Any:
+        fitted.append((self.n_estimators, self.random_state, self.hidden_layer_sizes, len(data)))
+        return plain(self, *data)
+
+    monkeypatch.setattr(GradientEnhancedMLPRegressor, "fit", fit)
+    X, y, dydx = cubic()
+    found = capacity_study(
+        GradientEnhancedMLPRegressor(tol=0.1), [1, 3], X, y, dydx, n_seeds=4, random_state=5, **options
+    )
+    folds = 1 if "networks" in options else 3
+    arms = [2] * folds if folds == 1 else [2] * folds + [3] * folds
+    assert fitted == [(4, 5, (width,), count) for width in (1, 3) for count in arms]
+    errors = known(found.derivative_errors(derivatives=False)).reshape(4, folds, 2)
+    assert len(np.unique(errors[:, 0, 1])) == 4  # four networks
+    rows = np.arange(15) if folds == 1 else next(KFold(3).split(X))[0]
+    ensemble = GradientEnhancedMLPRegressor((3,), tol=0.1, random_state=5, n_estimators=4).fit(X[rows], y[rows])
+    mean = np.linalg.norm(ensemble.predict_jacobian(X[rows]) - dydx[rows]) / np.linalg.norm(dydx[rows])
+    assert mean <= errors[:, 0, 1].mean()  # the mean of the members is no worse than they are on average
+
+
 def test_folds_may_be_given() -> None:
     X = cubic()[0]
     splitter = KFold(3)

@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning  # pyright: ignore[reportMissingTypeStubs] - nor does scikit-learn
 from sklearn.model_selection import KFold  # pyright: ignore[reportMissingTypeStubs] - the same
 
+from gradwise._capacity_estimators import as_fit
 from gradwise._capacity_journal import Journal
 from gradwise._capacity_study import CapacityStudy
-from gradwise._capacity_training import Job, Samples, Split, Training, as_fit, train
+from gradwise._capacity_training import Job, Samples, Split, Training, train
 from gradwise._matching_scale import positive_or_one, standard_deviation
 from gradwise._scaling import DerivativeScaler
 
@@ -80,7 +81,10 @@ def capacity_study(
         it has ``converged_``, False is reported. With ``fit.many(data, capacity=h, seeds=[...])``, data a list of
         (X, y, dydx), returning a list of models, all units of a capacity are trained in one call.
         Or an estimator with ``fit(X, y, dydx)``, for example `gradwise.torch.GradientEnhancedMLPRegressor`: a clone is
-        trained for every unit, with `capacity_parameter` set and ``random_state`` the seed.
+        trained for every unit, with `capacity_parameter` set and ``random_state`` the seed. The seeds of this
+        regressor that share their rows (with ``networks="without"``, or folds that `cv` gives) are the members of one
+        ensemble, trained as one program: five took 0.4 to 0.6 of the time of five trainings. The ensemble says only
+        whether all its members converged.
     capacities : iterable of numbers
         At least two, ascending: numbers of hidden nodes, say.
     X : array of shape (n, n_inputs)
@@ -99,7 +103,7 @@ def capacity_study(
         For an estimator: the parameter, which for "hidden_layer_sizes" is set to ``(h,)``; or a function from h to a
         dict of parameters.
     n_jobs : int, optional
-        Processes, as in joblib; 1 by default. Two are about twice as fast as one on two free cores.
+        Processes, as in joblib; 1 by default. Worth it for trainings of a second or so: each process imports anew.
     resume : path-like, optional
         File of JSON lines that trainings are added to and, in a later call, read from. More seeds or capacities may be
         asked for later. A function `fit` is known by its name only: take another file when you change it.
@@ -169,7 +173,7 @@ def capacity_study(
     journal = Journal(resume, _fingerprint(fit, capacity_parameter, samples, splits, random_state))
     jobs = [Job(h, *unit, derivatives) for h in grid for derivatives in NETWORKS[networks] for unit in splits]
     missing = [job for job in jobs if job not in journal.trainings]
-    groups = _groups(missing, together=hasattr(function, "many"))
+    groups = _groups(missing, splits, function)
     parallel: Any = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     with _progress(len(jobs), len(jobs) - len(missing), progress) as advance:
         for group, trained in parallel(
@@ -212,12 +216,14 @@ def _splits(samples: Samples, cv: Any, seeds: Sequence[int]) -> dict[tuple[int, 
     return result
 
 
-def _groups(jobs: list[Job], *, together: bool) -> list[list[Job]]:
-    if not together:
+def _groups(jobs: list[Job], splits: dict[tuple[int, int], Split], fit: Any) -> list[list[Job]]:
+    """Jobs that are trained in one call: all of a capacity, or those of them with the same rows, or one by one."""
+    if not hasattr(fit, "many"):
         return [[job] for job in jobs]
-    groups: dict[tuple[float, bool], list[Job]] = {}
+    groups: dict[Any, list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.capacity, job.derivatives), []).append(job)
+        rows = splits[job.seed, job.fold][0].tobytes() if getattr(fit, "same_rows", False) else b""
+        groups.setdefault((job.capacity, job.derivatives, rows), []).append(job)
     return list(groups.values())
 
 

@@ -4,15 +4,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType] - no types there
-from sklearn.exceptions import ConvergenceWarning  # pyright: ignore[reportMissingTypeStubs] - the same
+from sklearn.exceptions import ConvergenceWarning  # pyright: ignore[reportMissingTypeStubs] - scikit-learn has no types
 
-__all__ = ["Job", "Samples", "Training", "as_fit", "train"]
+__all__ = ["Job", "Samples", "Split", "Training", "train"]
 
 Floats = NDArray[np.float64]
 Fit = Callable[..., Any]
@@ -88,47 +86,13 @@ class Training:
     seconds: float
 
 
-def as_fit(fit: Any, parameter: str | Callable[[Any], dict[str, Any]]) -> Fit:
-    """A function ``fit(X, y, dydx, capacity=, seed=)`` from such a function, or from a scikit-learn style estimator."""
-    if not (hasattr(fit, "fit") and hasattr(fit, "get_params")):
-        if not callable(fit):
-            msg = f"`fit` must be a function or an estimator with `fit` and `get_params`; got {fit!r}"
-            raise TypeError(msg)
-        return fit
-    if isinstance(parameter, str) and parameter not in fit.get_params():
-        msg = f"`capacity_parameter` must be a parameter of {type(fit).__name__} or a function; got {parameter!r}"
-        raise ValueError(msg)
-    return partial(_fit_estimator, fit, parameter)
-
-
-def _fit_estimator(
-    estimator: Any,
-    parameter: str | Callable[[Any], dict[str, Any]],
-    X: Floats,
-    y: Floats,
-    dydx: Floats | None,
-    *,
-    capacity: float,
-    seed: int,
-) -> Any:
-    if callable(parameter):
-        settings = parameter(capacity)
-    else:
-        settings = {parameter: (capacity,) if parameter == "hidden_layer_sizes" else capacity}
-    model: Any = cast("Any", clone(estimator))
-    if "random_state" in model.get_params():
-        settings = {"random_state": seed, **settings}
-    model.set_params(**settings)
-    return model.fit(X, y) if dydx is None else model.fit(X, y, dydx)
-
-
 def train(fit: Fit, samples: Samples, jobs: Sequence[Job], splits: Sequence[Split]) -> list[Training]:
     """Train jobs of one capacity, all at once where `fit` has a method `many`, and take the errors.
 
     Parameters
     ----------
     fit : callable
-        As from `as_fit`.
+        As from `gradwise._capacity_estimators.as_fit`.
     samples : Samples
     jobs : sequence of Job
         Of one capacity, all with or all without derivatives.
