@@ -94,16 +94,24 @@ def key(cell: dict[str, Any]) -> Key:
 
 
 class Cells:
-    """What has been measured, as JSON lines; a cell is measured once."""
+    """What has been measured, as JSON lines; a cell is measured once, also by several processes in different orders."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {key(cell): cell for cell in map(json.loads, lines)}
+        self.known: dict[Key, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Take in what other processes have measured meanwhile."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        for cell in (json.loads(line) for line in lines if line.endswith("\n")):
+            self.known.setdefault(key(cell), cell)
 
     def measure(self, phase: str, arm: Arm, weight: float, r1_weight: float, seed: int) -> dict[str, Any]:
         """The cell, from the file if it is there."""
         r1_weight = r1_weight if arm.beside_r1 else 0.0
+        if (phase, arm.name, weight, r1_weight, seed) not in self.known:
+            self.read()
         known = self.known.get((phase, arm.name, weight, r1_weight, seed))
         if known is not None:
             return known
@@ -135,33 +143,35 @@ def grid_labels() -> Tensor:
     return torch.arange(10).repeat(8)
 
 
-def tune(cells: Cells, progress: Progress) -> dict[str, float]:
+def in_order(items: Sequence[Any], *, reverse: bool) -> Sequence[Any]:
+    return items[::-1] if reverse else items
+
+
+def tune(cells: Cells, progress: Progress, *, reverse: bool = False) -> dict[str, float]:
     """The weight of each arm with the least mean KID over the tuning seeds, at equal steps."""
     best: dict[str, float] = {}
     task = progress.add_task("tuning", total=sum(len(arm.weights) for arm in ARMS) * len(TUNING_SEEDS))
     for arms in ([arm for arm in ARMS if not arm.beside_r1], [arm for arm in ARMS if arm.beside_r1]):
         kid: dict[str, dict[float, float]] = {arm.name: defaultdict(float) for arm in arms}
-        for seed in TUNING_SEEDS:
-            for arm in arms:
-                for weight in arm.weights:
-                    cell = cells.measure("tuning", arm, weight, best.get(R1, 0.0), seed)
-                    kid[arm.name][weight] += np.nan_to_num(cell["at_steps"]["kid"], nan=np.inf)
-                    progress.advance(task)
+        todo = [(seed, arm, weight) for seed in TUNING_SEEDS for arm in arms for weight in arm.weights]
+        for seed, arm, weight in in_order(todo, reverse=reverse):
+            cell = cells.measure("tuning", arm, weight, best.get(R1, 0.0), seed)
+            kid[arm.name][weight] += np.nan_to_num(cell["at_steps"]["kid"], nan=np.inf)
+            progress.advance(task)
         best |= {name: min(sums, key=sums.__getitem__) for name, sums in kid.items()}
     return best
 
 
 def final(
-    cells: Cells, best: dict[str, float], seeds: Sequence[int], progress: Progress
+    cells: Cells, best: dict[str, float], progress: Progress, *, reverse: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """All arms with their weights on the seeds that count."""
-    task = progress.add_task("final", total=len(ARMS) * len(seeds))
-    results: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for seed in seeds:
-        for arm in ARMS:
-            results[arm.name].append(cells.measure("final", arm, best[arm.name], best.get(R1, 0.0), seed))
-            progress.advance(task)
-    return results
+    task = progress.add_task("final", total=len(ARMS) * len(SEEDS))
+    measured: dict[tuple[str, int], dict[str, Any]] = {}
+    for seed, arm in in_order([(seed, arm) for seed in SEEDS for arm in ARMS], reverse=reverse):
+        measured[arm.name, seed] = cells.measure("final", arm, best[arm.name], best.get(R1, 0.0), seed)
+        progress.advance(task)
+    return {arm.name: [measured[arm.name, seed] for seed in SEEDS] for arm in ARMS}
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -334,16 +344,16 @@ def real_grid(seed: int) -> NDArray[np.int64]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", help="measure these final seeds only, and publish nothing")
-    seeds = parser.parse_args(arguments).seeds
+    parser.add_argument("--reverse", action="store_true", help="a second process: the other way round; no tables")
+    reverse = parser.parse_args(arguments).reverse
     mpl.use("Agg")
     torch.set_num_threads(1)
     cells = Cells(CELLS)
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns) as progress:
-        best = tune(cells, progress)
-        results = final(cells, best, seeds or SEEDS, progress)
-    if seeds:
+        best = tune(cells, progress, reverse=reverse)
+        results = final(cells, best, progress, reverse=reverse)
+    if reverse:
         return
     shown = [*tables(results, best), tuning_table(cells)]
     Console(width=220).print(*shown)

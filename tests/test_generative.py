@@ -378,7 +378,13 @@ def test_study_runs_resumes_and_publishes(tmp_path: Path, monkeypatch: pytest.Mo
     assert beside == {line["weight"] for line in lines if line["phase"] == "final" and line["arm"] == "R1"}
     monkeypatch.setattr(study, "train", None)  # nothing is measured twice
     with Progress(console=Console(file=io.StringIO())) as progress:
-        assert study.final(study.Cells(study.CELLS), study.tune(study.Cells(study.CELLS), progress), (0, 1), progress)
+        cells = study.Cells(study.CELLS)
+        forwards, backwards = (
+            study.final(cells, study.tune(cells, progress, reverse=reverse), progress, reverse=reverse)
+            for reverse in (False, True)
+        )
+    assert forwards == backwards
+    assert [cell["seed"] for cell in forwards["R1"]] == [0, 1]
     assert "| R1 + teacher gradients |" in (tmp_path / "generative.md").read_text()
     for name in ("generative", "generative_samples"):
         assert (tmp_path / "images" / f"{name}.png").stat().st_size > 10_000
