@@ -14,8 +14,8 @@ from gradwise_torch._mlp_objective import Objective
 __all__ = ["adam", "one_cycle"]
 
 _WARM_UP = 0.1
-# What is left of the first moment after a step; torch's defaults.
-_BETAS = (0.9, 0.999)
+# As in Adam's paper (Kingma & Ba, arXiv 1412.6980) and in torch.
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
 def one_cycle(step: int, n_steps: int, peak: float) -> float:
@@ -59,7 +59,8 @@ def adam(
     """
     rng = np.random.default_rng(seed)
     theta = torch.as_tensor(starts).to(objective.x.dtype).clone()
-    optimizer = torch.optim.Adam([theta], lr=learning_rate, betas=_BETAS)
+    # By hand: the first step of a torch optimizer imports torch's compiler, which takes seconds.
+    mean, variance = torch.zeros_like(theta), torch.zeros_like(theta)
     n, others = len(objective.x), 0
     if objective.x_derivatives is not None and not objective.shared:
         others = len(objective.x_derivatives)
@@ -76,16 +77,16 @@ def adam(
                 continue
             batch = objective.batch(torch.from_numpy(part), torch.from_numpy(other))
             losses, gradient = objective(theta, batch)
-            for group in optimizer.param_groups:
-                group["lr"] = one_cycle(step, n_epochs * n_batches, learning_rate)
-            theta.grad = gradient
-            optimizer.step()
+            rate = one_cycle(step, n_epochs * n_batches, learning_rate)
             step += 1
+            mean.lerp_(gradient, 1 - _BETA1)
+            variance.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
+            root = (variance / (1 - _BETA2**step)).sqrt_().add_(_EPSILON)
+            theta.addcdiv_(mean, root, value=-rate / (1 - _BETA1**step))
             total += losses
-        mean = total / n_batches
-        curve.append(mean.double().numpy())
+        curve.append((total / n_batches).double().numpy())
         if report is not None:
-            report(float(mean.mean()))
+            report(float(curve[-1].mean()))
         if validation is None:
             continue
         held_out = validation(theta)
