@@ -6,7 +6,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-speed clean
+.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-speed bench-second-order clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-matching   surrogates with derivatives, beside jenn, GENN, kriging and GEKPLS (an hour; resumable)"
 	@echo "make bench-ridge   linear regression with derivatives: out/ridge_study.jsonl (ten minutes; resumable)"
 	@echo "make bench-capacity   widths that capacity_study recommends, beside Optuna (a quarter of an hour; resumable)"
+	@echo "make bench-second-order   option gamma and forces along modes, second derivatives and directions (10 minutes)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -47,7 +48,7 @@ bench-ridge: .venv/.bench
 bench-capacity: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/capacity_evidence.py
 
-bench: bench-speed bench-matching bench-ridge bench-capacity
+bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order
 	$(BIN)/python benchmarks/vectorize_rule.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
@@ -55,7 +56,7 @@ bench: bench-speed bench-matching bench-ridge bench-capacity
 	$(BIN)/python benchmarks/keras_speed.py
 
 bench-second-order: .venv/.demo
-	PYTHONPATH=examples $(BIN)/python benchmarks/second_order_study.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/second_order_study.py
 
 venv: .venv/.test
 	$(INSTALL) ".[torch,keras,tensorflow,jax,lightning,transformers,plot,bench,test,docs]"

@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -259,6 +260,27 @@ def test_closures():
         assert len(train(raw(), model, by_closure(values=False), optimizer=make(list(model.parameters())))) == 1
         model = net(nn.Tanh())
         assert train(raw(), model, by_closure(values=True), optimizer=make(list(model.parameters()))) == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it where it breaks a graph
+def test_inside_a_compiled_function():
+    def compiled(matching, model, optimizer, values):
+        x, y, target = batch()
+
+        @torch.compile(backend="aot_eager")
+        def loss_of(x):
+            prediction, loss = matching.with_values(model, x, target)
+            return loss + (mse_loss(prediction, y) if values else 0.0)
+
+        optimizer.zero_grad()
+        loss_of(x).backward()
+        optimizer.step()
+
+    for values in (True, False):
+        torch.manual_seed(0)
+        messages = train(raw(), net(nn.Tanh()), partial(compiled, values=values), calls=5)
+        assert sum("offset" in message for message in messages) == (0 if values else 1)
+    torch._dynamo.reset()
 
 
 def test_nothing_to_say_without_an_offset_or_with_a_frozen_one():
