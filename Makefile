@@ -45,6 +45,7 @@ bench-matching: .venv/.bench
 
 bench-ridge: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/ridge_study.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/ridge_size.py
 
 bench-capacity: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/capacity_evidence.py

@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from PIL import Image
 from reports import markdown
 from ridge_study import DIFFERENTIAL, FOLDS, LEVELS, METHODS, OURS, OURS_CV, SETTINGS, TWICE, Setting
 
@@ -31,6 +32,7 @@ COLORS = {
     FOLDS: "#2ca02c",
 }
 DRAWN = SETTINGS[:3]
+STEPS = (0.0, *LEVELS["random"])
 
 
 def ratio(ours: npt.ArrayLike, theirs: npt.ArrayLike, *, seed: int = 0) -> tuple[float, float, float]:
@@ -60,26 +62,28 @@ def tables(rows: list[dict[str, Any]]) -> str:
     header = ["test nRMSE, median", "N", *METHODS, "GradientEnhancedRidgeCV / RidgeCV"]
     noise = []
     for setting in SETTINGS:
+        if setting.noisy_size is None:
+            continue
         plain = _errors(exact, setting, setting.noisy_size)
-        for kind in ("random", "systematic"):
+        for kind in LEVELS:
             for method in (DIFFERENTIAL, OURS, OURS_CV):
                 cells = []
-                for level in LEVELS:
+                for level in STEPS:
                     part = exact if level == 0 else frame[(frame.level == level) & (frame.kind == kind)]
                     errors = _errors(part, setting, setting.noisy_size)
                     known = method in errors and "RidgeCV" in plain
                     cells.append(_ratio(errors[method], plain["RidgeCV"]) if known else "")
                 noise.append([f"{setting.name}, N = {setting.noisy_size}", kind, method, *cells])
-    percent = [f"{100 * level:g} %" for level in LEVELS]
+    percent = [f"{100 * level:g} %" for level in STEPS]
     return markdown(header, lines) + markdown(
         ["error / that of RidgeCV", "error of derivatives", "method", *percent], noise
     )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Error over training size above, over noise of the derivatives below; median and quartiles over seeds."""
+    """Error over training size above, over noise of the derivatives below: medians over seeds, quartiles for three."""
     frame = _frame(rows)
-    figure, axes = plt.subplots(2, len(DRAWN), figsize=(10.8, 7.2), layout="constrained")
+    figure, axes = plt.subplots(2, len(DRAWN), figsize=(11.6, 7.4), layout="constrained")
     for k, setting in enumerate(DRAWN):
         mine = frame[frame.setting == setting.name]
         exact = mine[mine.level == 0]
@@ -91,22 +95,26 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             for kind, style in (("random", "-"), ("systematic", ":")):
                 noisy = mine[(mine.level > 0) & (mine.kind == kind)]
                 part = pd.concat([exact[exact.n == setting.noisy_size], noisy])
-                part = part.assign(level=part.level.map(LEVELS.index))  # evenly spaced
+                part = part.assign(level=part.level.map(STEPS.index))  # evenly spaced
                 _line(axes[1, k], part[part.method == method], "level", method, style)
         level = exact[(exact.n == setting.noisy_size) & (exact.method == "RidgeCV")].error.median()
         axes[1, k].axhline(level, color=COLORS["RidgeCV"], lw=1.6)
         axes[0, k].set(title=setting.name, xscale="log", xlabel="training samples N")
         axes[0, k].set_xticks(setting.sizes, [str(n) for n in setting.sizes])
         axes[0, k].minorticks_off()
-        # OLS between as many samples as features and twice that is off any scale
-        largest = exact[exact.method.isin(["RidgeCV", "Ridge"])].groupby("n").error.median().max()
-        axes[0, k].set_ylim(top=1.6 * largest)
-        axes[1, k].set(title=f"N = {setting.noisy_size}", xlabel="error of the derivatives, % of their rms")
-        axes[1, k].set_xticks(range(len(LEVELS)), [f"{100 * level:g}" for level in LEVELS])
-        for axis in axes[:, k]:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+        axes[1, k].set(title=f"{setting.name}, N = {setting.noisy_size}")
+        axes[1, k].set_xlabel("error of the derivatives, % of their rms")
+        axes[1, k].set_xticks(range(len(STEPS)), [f"{100 * level:g}" for level in STEPS])
+        medians = exact.groupby(["method", "n"]).error.median()
+        for axis, largest in ((axes[0, k], medians[["Ridge", "RidgeCV"]].max()), (axes[1, k], 3 * level)):
+            if setting.estimated:
+                axis.set_ylim(0.95 * exact.groupby(["method", "n"]).error.quantile(0.25).min(), min(largest, 1.3))
+            else:
+                axis.set_yscale("log")
+                # OLS with about as many samples as features is off any scale.
+                axis.set_ylim(0.8 * medians.min(), 1.6 * largest)
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("test error of values (nRMSE)")
     axes[1, 0].set_ylabel("test error of values (nRMSE)")
@@ -116,8 +124,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+    with Image.open(path) as picture:  # a palette: a third of the bytes
+        picture.convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def _line(axis: Axes, part: Frame, x: str, method: str, style: str) -> None:
@@ -125,12 +135,13 @@ def _line(axis: Axes, part: Frame, x: str, method: str, style: str) -> None:
         return
     quartiles = part.groupby(x).error.quantile([0.25, 0.5, 0.75]).unstack()
     axis.plot(quartiles.index, quartiles[0.5], style, color=COLORS[method], marker="o", ms=3, lw=1.6)
-    if style == "-":
+    if style == "-" and method in {"RidgeCV", DIFFERENTIAL, OURS_CV}:  # more would cover each other
         axis.fill_between(quartiles.index, quartiles[0.25], quartiles[0.75], color=COLORS[method], alpha=0.15, lw=0)
 
 
 def _frame(rows: list[dict[str, Any]]) -> Frame:
-    return pd.DataFrame([{**row["cell"], "error": row["error"], "seconds": row["seconds"]} for row in rows])
+    wanted = [row for row in rows if row["cell"]["level"] in (0.0, *LEVELS[row["cell"]["kind"]])]
+    return pd.DataFrame([{**row["cell"], "error": row["error"], "seconds": row["seconds"]} for row in wanted])
 
 
 def _errors(frame: Frame, setting: Setting, n: int) -> dict[str, npt.NDArray[np.float64]]:

@@ -129,9 +129,10 @@ def test_periodic_splines_go_on():
     np.testing.assert_allclose(derivatives(basis, X), derivatives(basis, X + 3), rtol=1e-12, atol=1e-12)
 
 
-def test_constant_column_has_no_slope():
+@pytest.mark.parametrize("mode", ["constant", "periodic"])
+def test_constant_column_has_no_slope(mode):
     X = np.column_stack([np.linspace(0, 1, 9), np.ones(9)])
-    result = derivatives(fitted_basis(SplineTransformer(4, 3, extrapolation="constant"), X, None), X)
+    result = derivatives(fitted_basis(SplineTransformer(4, 3, extrapolation=mode), X, None), X)
     assert np.isfinite(result).all()
     assert not result[:, :, 1].any()
 

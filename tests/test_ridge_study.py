@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import ridge_report
+import ridge_size
 import ridge_study
 from ridge_study import SETTINGS, Cell, differential_regression, run, standard_features, wing_weight
 
@@ -86,3 +87,10 @@ def test_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ridge_study, "run", None)  # nothing is left to do
     ridge_study.main()
     assert out.read_text().splitlines() == lines
+
+
+def test_sizes_are_measured():
+    results = [ridge_size.measure(60, 6, degree) for degree in (1, 2)]
+    assert [r["features"] for r in results] == [6, 27]
+    assert all(r["seconds"] >= 0 and r["stacked_mb"] == 60 * 7 * r["features"] * 8 / 2**20 for r in results)
+    assert ridge_size.table(results).count("\n") == 5
