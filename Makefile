@@ -17,7 +17,7 @@ help:
 	@echo "make bench-ridge   linear regression with derivatives: out/ridge_study.jsonl (ten minutes; resumable)"
 	@echo "make bench-capacity   widths that capacity_study recommends, beside Optuna (a quarter of an hour; resumable)"
 	@echo "make bench-second-order   option gamma and forces along modes, second derivatives and directions (10 minutes)"
-	@echo "make bench-generative   a GAN with a teacher's gradients and its controls: docs/images (a quarter of an hour; resumable)"
+	@echo "make bench-generative   a GAN with a teacher's gradients, and controls (a quarter of an hour; resumable)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
