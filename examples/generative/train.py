@@ -37,10 +37,10 @@ def draw(images: dict[str, torch.Tensor], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(images), figsize=(3.2 * len(images), 3), layout="constrained")
+    figure, axes = plt.subplots(1, len(images), figsize=(3.4 * len(images), 3), layout="constrained")
     for axis, (name, pixels) in zip(axes, images.items(), strict=True):
-        tiles = pixels.reshape(ROWS, CLASSES, 8, 8).permute(0, 2, 1, 3).reshape(8 * ROWS, 8 * CLASSES)
-        axis.imshow(tiles.numpy(), cmap="gray", vmin=-1, vmax=1)
+        tiles = torch.nn.functional.pad(pixels.reshape(ROWS, CLASSES, 8, 8), (1, 1, 1, 1))  # grey frames
+        axis.imshow(tiles.permute(0, 2, 1, 3).reshape(10 * ROWS, 10 * CLASSES).numpy(), cmap="gray", vmin=-1, vmax=1)
         axis.set_title(name)
         axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
