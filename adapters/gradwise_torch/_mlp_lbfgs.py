@@ -107,7 +107,7 @@ def _line_search(
     theta: Floats, loss: float, slope: float, direction: Floats, step: float
 ) -> Generator[Floats, tuple[float, Floats], tuple[float, float, Floats] | None]:
     """Find a step with the strong Wolfe conditions; after 20 tries the best one that gains, None if none does."""
-    start = low = _Point(0.0, loss, slope)
+    low = _Point(0.0, loss, slope)
     high: _Point | None = None
     best: tuple[float, float, Floats] | None = None
     for _ in range(_LINE_SEARCH):
@@ -129,9 +129,9 @@ def _line_search(
                 if point.slope * (high.step - low.step) >= 0:
                     high = low
                 low = point
-        step = _between(low, high)
-        if abs(high.step - low.step) * abs(start.slope) < 1e-16 * abs(loss):
+        if abs((high.step - low.step) * slope) <= 1e-16 * abs(loss):  # no step in between gains more than rounding
             break
+        step = _between(low, high)
     return best
 
 
