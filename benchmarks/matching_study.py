@@ -18,6 +18,7 @@ from matching_tasks import (
     Record,
     Store,
     Task,
+    chosen,
     curve_tasks,
     equal_time_tasks,
     main_tasks,
@@ -105,7 +106,11 @@ def main() -> None:
         problems, methods, seeds = arguments.problems, arguments.methods, arguments.seeds
         stages = {
             "tune": lambda: tuning_tasks(problems, methods),
-            "main": lambda: main_tasks(problems, methods, seeds),
+            "main": lambda: [
+                task
+                for task in main_tasks(problems, methods, seeds)
+                if task.method != "GI, defaults" or chosen(store, "GI", task.problem) != 0  # else they are the same
+            ],
             "time": lambda: equal_time_tasks(store) if "GI" in methods else [],
             "noise": lambda: noise_tasks(problems, methods, seeds),
             "curves": lambda: [task for task in curve_tasks() if task.method in methods],
