@@ -154,37 +154,66 @@ def _exact(name: str, x: Array) -> tuple[Array, Array]:
 
 
 def draw(entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Gaps by width, and regret against trainings without and with derivatives."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4.6), dpi=109, layout="constrained")
-    colours = plt.get_cmap("tab10")
-    for index, name in enumerate(dict.fromkeys(entry["function"] for entry in entries)):
-        of = [entry for entry in entries if entry["function"] == name]
-        axes[0].plot(of[0]["grid"], np.mean([e["gap"] for e in of], axis=0), ".-", color=colours(index), label=name)
-    axes[0].set_xscale("log")
-    axes[0].set_xticks(entries[0]["grid"], [str(width) for width in entries[0]["grid"]])
-    axes[0].minorticks_off()
-    axes[0].set_xlabel("hidden nodes")
-    axes[0].set_ylabel("gap: log error without - log error with")
-    axes[0].set_title("The gap opens on every function", fontsize=10)
-    axes[0].legend(fontsize=7)
+    """Gaps by width, regret against trainings, and the regret of every rule without and with derivatives."""
     names = [entry["function"] for entry in entries]
-    for panel, key, colour in ((axes[1], "without", WITHOUT), (axes[2], "with", WITH)):
-        found = sorted(regrets(entries, key).items(), key=lambda item: item[1].mean())
-        for place, (rule, values) in enumerate(found):
-            mean, lower, upper = np.exp(_interval(values, names))
-            trainings = np.mean([entry["choices"][key][rule][1] for entry in entries])
-            panel.plot([lower, upper], [place, place], color=colour, linewidth=2, alpha=0.5)
-            panel.plot([mean], [place], "o", color=colour)
-            panel.text(1.01, place + 0.2, f"{rule} [{trainings:.0f}]", fontsize=7.5)
-        panel.set_ylim(len(found) - 0.4, -0.9)
-        panel.set_yticks([])
-        panel.set_xscale("log")
-        panel.set_xlim(left=1.0)
-        panel.set_xlabel("regret: test error / best width in hindsight")
-        panel.set_title(f"Trained {key} derivatives [trainings spent]", fontsize=10)
+    figure = plt.figure(figsize=(10.8, 8.2), dpi=108, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 0.85])
+    panels: dict[str, Any] = {
+        **upper.subplot_mosaic([["gap", "spent"]], width_ratios=[1.25, 1]),
+        **lower.subplot_mosaic([["without", "with"]]),
+    }
+    _draw_gaps(panels["gap"], entries)
+    for key, colour in (("without", WITHOUT), ("with", WITH)):
+        found = sorted(regrets(entries, key).items(), key=lambda item: -item[1].mean())
+        _draw_rules(panels[key], entries, key, found, colour)
+        spent = [np.mean([entry["choices"][key][rule][1] for entry in entries]) for rule, _ in found]
+        marks = ["s" if rule.startswith(("gap: min", "need")) else "o" for rule, _ in found]
+        for x, mark, (_, values) in zip(spent, marks, found, strict=True):
+            panels["spent"].plot(x, np.exp(_interval(values, names)[0]), mark, color=colour, alpha=0.8, markersize=7)
+        panels["spent"].plot([], [], "o", color=colour, label=f"trained {key} derivatives")
+    panels["spent"].plot([], [], "s", color="#555555", label="of these: min(need, bound), need")
+    panels["spent"].set_xlabel("trainings spent on one data set")
+    panels["spent"].set_ylabel("regret")
+    panels["spent"].set_title("Regret: test error / least over the grid", fontsize=10)
+    panels["spent"].legend(fontsize=8)
+    panels["spent"].grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _draw_gaps(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
+    colours = plt.get_cmap("tab10")
+    for index, name in enumerate(dict.fromkeys(entry["function"] for entry in entries)):
+        of = [entry for entry in entries if entry["function"] == name]
+        axes.plot(of[0]["grid"], np.mean([e["gap"] for e in of], axis=0), ".-", color=colours(index), label=name)
+    axes.axhline(np.log(1.5), color="#555555", linewidth=0.8, linestyle="--", label="log 1.5")
+    axes.set_xscale("log")
+    axes.set_xticks(entries[0]["grid"], [str(width) for width in entries[0]["grid"]])
+    axes.minorticks_off()
+    axes.set_xlabel("hidden nodes")
+    axes.set_ylabel("gap: log error without - log error with")
+    axes.set_title("The gap, mean over data sets", fontsize=10)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=1.2)
+    axes.grid(alpha=0.3)
+
+
+def _draw_rules(
+    axes: Any, entries: Sequence[dict[str, Any]], key: str, found: Sequence[tuple[str, Array]], colour: str
+) -> None:
+    names = [entry["function"] for entry in entries]
+    labels: list[str] = []
+    for place, (rule, values) in enumerate(found):
+        mean, lower, upper = np.exp(_interval(values, names))
+        axes.plot([lower, upper], [place, place], color=colour, linewidth=2, alpha=0.5)
+        axes.plot([mean], [place], "o", color=colour)
+        trainings = np.mean([entry["choices"][key][rule][1] for entry in entries])
+        labels.append(f"{rule.replace(' at the training points', '')} [{trainings:.0f}]")
+    axes.set_yticks(range(len(found)), labels, fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("regret, with 95 % interval")
+    axes.set_title(f"trained {key} derivatives [trainings]", fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
 
 
 def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -193,9 +222,9 @@ def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def report(entries: Sequence[dict[str, Any]]) -> None:
-    """Print what goes into docs/capacity.md."""
+    """Print what goes into docs/capacity.md: of the data sets that all functions have."""
     datasets = len({entry["dataset"] for entry in entries})
-    print(f"{len(entries)} data sets: {len({e['function'] for e in entries})} functions, up to {datasets} of each\n")
+    print(f"{len(entries)} data sets: {len({e['function'] for e in entries})} functions, {datasets} of each\n")
     reference = "cross-validation, values"
     header = ["rule", "trainings", "regret (95 %)", "its ratio to cross-validation's", "worst", "median width"]
     for key in ("without", "with"):
@@ -248,6 +277,8 @@ def main() -> None:
             file.flush()
             entries.append(entry)
             bar.advance(task)
+    whole = len(entries) // len(FUNCTIONS)
+    entries = [entry for entry in entries if entry["dataset"] < whole]
     report(entries)
     for name in FUNCTIONS:
         if name.startswith("teacher"):

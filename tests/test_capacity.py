@@ -21,6 +21,7 @@ from sklearn.model_selection import KFold
 
 from gradwise import CapacityStudy, capacity_study
 from gradwise._capacity_statistics import rise_band
+from gradwise._capacity_training import Job, Training
 
 Array = np.ndarray
 GRID = [1, 2, 3, 5]
@@ -109,6 +110,18 @@ def test_definitions_from_the_frame() -> None:
         at = test if derivatives else rows
         miss = np.linalg.norm(model.predict_jacobian(X[at]) - dydx[at]) / np.linalg.norm(dydx[at])
         assert row.derivative_error == pytest.approx(miss)
+
+
+def test_best_is_of_least_geometric_mean_of_both_unseen_errors() -> None:
+    def training(error: float, unseen: float) -> Training:
+        return Training(error, unseen, converged=True, seconds=0.0)
+
+    # Products 10, 1.2 and 2: neither the least error (third) nor the least derivative error (first).
+    errors = {1: (20.0, 0.5), 2: (1.0, 1.2), 4: (0.5, 4.0)}
+    trainings = {Job(h, 0, fold, True): training(*both) for h, both in errors.items() for fold in range(2)}
+    found = CapacityStudy((1, 2, 4), trainings)
+    assert (found.best_with, found.need, found.best_without) == (2, 4, None)
+    assert CapacityStudy((1, 2), {Job(h, 0, 0, False): training(1.0, h) for h in (1, 2)}).best_without == 1
 
 
 def test_pairs_share_rows_and_seeds() -> None:
