@@ -54,7 +54,8 @@ def choose_weight(architecture: Architecture, data: TrainingData, *, alpha: floa
         folds=(kept, kept_derivatives),
     )
     starts = np.stack([architecture.initial(seed)] * len(weights))
-    minima = train_lbfgs(objective, starts, max_iter=_ITERATIONS, tol=1e-3)
+    # Few pairs: with many short fits, their products would take most of the time.
+    minima = train_lbfgs(objective, starts, max_iter=_ITERATIONS, tol=1e-3, memory=20)
     values, slopes = objective.residuals(torch.from_numpy(np.stack([minimum.theta for minimum in minima])))
     slopes = np.asarray(slopes)
     # (weights, rows): each row's error in the fit that has not seen it.

@@ -115,7 +115,19 @@ class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimat
 
     Notes
     -----
-    Rows, not entries, are what a validation split holds out. Statistics of X are those of all rows used.
+    ``derivative_weight="auto"`` takes the largest of 1, 0.1, 0.01, 0.001 and 0 whose error of held-out values (mean
+    squared, 4 folds of rows, fits of up to 150 iterations) is within one standard error of the least; the standard
+    error is that of the paired differences over rows. The 20 fits are one vectorised program, about two seconds for 50
+    rows and two layers of 32. `derivative_noise_` is the root mean square of the held-out residuals of the derivatives
+    at that weight, relative to that of the derivatives: their noise and the error of the fit together. Not a weight by
+    maximum likelihood: a network that interpolates leaves no residuals that tell noise from signal.
+
+    A row, with its values and derivatives, is what a fold or a validation split holds out. The statistics of X are
+    those of all rows used, with `X_dydx`. The gradient is the chain rule written out, in about half of the time that
+    autograd's double backward takes for small networks.
+
+    torch's number of threads is left alone. Small fits have nothing to share out: on a busy machine
+    ``torch.set_num_threads(1)`` can make an ensemble many times as fast.
 
     Examples
     --------

@@ -60,14 +60,20 @@ def train(
 
 
 def train_lbfgs(
-    objective: Objective, starts: Floats, *, max_iter: int, tol: float, report: Callable[[float], None] | None = None
+    objective: Objective,
+    starts: Floats,
+    *,
+    max_iter: int,
+    tol: float,
+    memory: int = _MEMORY,
+    report: Callable[[float], None] | None = None,
 ) -> list[Minimum]:
     """Train from every start by L-BFGS: in one vectorised program if the problem is small, else one after the other."""
     work = len(objective.x) * sum(objective.architecture.sizes[1:-1])
     size = len(starts) if work <= _TOGETHER or objective.folded else 1
     minima: list[Minimum] = []
     for group in np.split(starts, range(size, len(starts), size)):
-        searches = [lbfgs(start, max_iter=max_iter, tol=tol, memory=_MEMORY, report=report) for start in group]
+        searches = [lbfgs(start, max_iter=max_iter, tol=tol, memory=memory, report=report) for start in group]
         minima += minimise_all(lambda points: _evaluate(objective, points), searches)
     return minima
 
