@@ -108,11 +108,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         medians = exact.groupby(["method", "n"]).error.median()
         for axis, largest in ((axes[0, k], medians[["Ridge", "RidgeCV"]].max()), (axes[1, k], 3 * level)):
             if setting.estimated:
-                axis.set_ylim(0.95 * exact.groupby(["method", "n"]).error.quantile(0.25).min(), min(largest, 1.3))
+                axis.set_ylim(0.95 * exact.groupby(["method", "n"]).error.quantile(0.25).min(), 1.25)
             else:
                 axis.set_yscale("log")
                 # OLS with about as many samples as features is off any scale.
-                axis.set_ylim(0.8 * medians.min(), 1.6 * largest)
+                axis.set_ylim(0.8 * medians.min(), 1.6 * largest if np.isfinite(largest) else None)
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)

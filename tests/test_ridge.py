@@ -210,6 +210,7 @@ def test_one_sample_recovers_the_coefficients():
     model = GradientEnhancedRidge(alpha=0.0).fit(x, x @ coef.T + intercept, coef[None])
     np.testing.assert_allclose(model.coef_, coef, rtol=1e-14)
     np.testing.assert_allclose(model.intercept_, intercept, rtol=1e-14)
+    np.testing.assert_array_equal(model.derivative_scale_, np.ones((2, 5)))  # nothing varies: sigma_x is 1
 
 
 def test_one_sample_recovers_a_thousand_coefficients_and_leaves_unknown_ones_alone():
@@ -235,7 +236,7 @@ def test_unknown_columns_are_fitted_to_the_values():
 def test_a_constant_column_follows_its_derivative(alpha):
     rng = np.random.default_rng(0)
     X, coef = rng.standard_normal((6, 3)), np.array([1.0, -2.0, 0.5])
-    X[:, 1] = 0.3  # 0.3 six times: the mean is not exactly 0.3
+    X[:, 1] = 0.7  # the mean of six times 0.7 is not exactly 0.7
     dydx = np.tile(coef, (6, 1))
     model = GradientEnhancedRidge(alpha).fit(X, X @ coef, dydx)
     np.testing.assert_allclose(model.coef_, coef, rtol=1e-7)

@@ -139,6 +139,9 @@ class GradientEnhancedRidge(LinearInBasis):
     span of the basis either: there the derivatives pull the values away (a polynomial that follows the slopes of a
     kink misses its height).
 
+    Not behind a scaler in a `Pipeline` of scikit-learn: the scaler changes X but not `dydx`, and nobody can see that.
+    The scaler belongs into `basis`.
+
     Parameters
     ----------
     alpha : float or array of shape (n_outputs,), default 1.0
