@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,20 @@ def test_progress_bar_on_request(
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "gradwise\[plot\]"'):
         network(solver=solver, verbose=True).fit(x, y, dydx)
+
+
+def test_importing_gradwise_torch_loads_no_estimator() -> None:
+    code = (
+        "import sys, gradwise.torch; late = {'sklearn', 'scipy', 'rich', 'joblib'} & set(sys.modules); "
+        "assert not late, late; from gradwise.torch import SMTSurrogate; assert 'sklearn' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_predictions_in_blocks_are_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, dydx = sample()
+    model = network(n_estimators=2).fit(x, y, dydx)
+    values, jacobian = model.predict(x), model.predict_jacobian(x)
+    monkeypatch.setattr("gradwise_torch._mlp_regressor._BLOCK", 5 * 16)
+    np.testing.assert_allclose(model.predict(x), values, rtol=1e-12)
+    np.testing.assert_allclose(model.predict_jacobian(x), jacobian, rtol=1e-12)

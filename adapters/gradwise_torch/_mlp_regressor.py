@@ -27,6 +27,9 @@ __all__ = ["GradientEnhancedMLPRegressor"]
 
 Floats = NDArray[np.float64]
 
+# Numbers in one layer of a prediction, so that a million rows do not take gigabytes.
+_BLOCK = 2**22
+
 
 class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Feed-forward network that learns from values and, where they are known, from their derivatives.
@@ -430,12 +433,18 @@ class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimat
         dtype = torch.float64 if self.dtype == "float64" else torch.float32
         x = torch.from_numpy((checked - self.scaler_.x_mean_) / self.scaler_.x_scale_).to(dtype)
         theta = torch.from_numpy(self.weights_).to(dtype)
+        width = max(self.architecture_.sizes) * len(theta) * (self.n_outputs_ if jacobian else 1)
+        parts: list[torch.Tensor] = []
         with torch.no_grad():
-            if not jacobian:
-                values = self.architecture_.values(theta, x).double().numpy()
-                return values * self.scaler_.y_scale_ + self.scaler_.y_mean_
-            slopes: Any = Pass(self.architecture_, theta, x, 0).jacobian
-        return slopes.double().numpy() * (self.scaler_.y_scale_[:, None] / self.scaler_.x_scale_)
+            for rows in torch.split(x, max(1, _BLOCK // width)):
+                part: Any = self.architecture_.values(theta, rows)
+                if jacobian:
+                    part = Pass(self.architecture_, theta, rows, 0).jacobian
+                parts.append(part)
+        predicted = torch.cat(parts, dim=1).double().numpy()
+        if jacobian:
+            return predicted * (self.scaler_.y_scale_[:, None] / self.scaler_.x_scale_)
+        return predicted * self.scaler_.y_scale_ + self.scaler_.y_mean_
 
     def _out(self, values: Floats) -> Floats:
         if self.dydx_layout == "jenn":
