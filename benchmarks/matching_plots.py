@@ -52,7 +52,7 @@ def draw_ratios(store: Store, path: Path) -> None:
                 axis.plot([low, high], [row, row], color="#0b6e4f" if middle < 1 else "#b2182b", lw=2)
                 axis.plot(middle, row, "o", color="#0b6e4f" if middle < 1 else "#b2182b", ms=5)
             else:
-                axis.text(1, row, "not possible", ha="center", va="center", fontsize=7, color="#888888")
+                axis.text(0.1, row, "no such fit", ha="center", va="center", fontsize=7, color="#888888")
         if key in summary:
             ratio = summary[key]
             axis.axvspan(ratio.lower, ratio.upper, color="#0b6e4f", alpha=0.12, lw=0)

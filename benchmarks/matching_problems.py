@@ -21,6 +21,7 @@ __all__ = ["PROBLEMS", "Problem", "Sample", "noisy"]
 Array = NDArray[np.float64]
 TEST_POINTS = 2000  # of a formula
 AIRFOIL_TEST_ROWS, ENGINE_TEST_ROWS = 8000, 256
+MOST_POINTS = 1000  # of value-only training: cross-validation of more takes minutes
 TEST_SEED = 20_000  # far from those of the designs
 
 
@@ -81,9 +82,9 @@ class Problem:
     truth: "Values | None" = None
 
     def extra(self, n: int) -> dict[int, int]:
-        """Points for value-only training by c: as many as the runs that n gradients cost, ``n (1 + c)``."""
+        """Points for value-only training by c: as many as the runs that n gradients cost, ``n (1 + c)``, up to 1000."""
         sizes = {c: n * (1 + c) for c in sorted({1, 3, self.dim})}
-        return {c: size for c, size in sizes.items() if self.max_size is None or size <= self.max_size}
+        return {c: size for c, size in sizes.items() if size <= min(MOST_POINTS, self.max_size or MOST_POINTS)}
 
 
 def noisy(sample: Sample, level: float, seed: int) -> Sample:

@@ -16,16 +16,21 @@ __all__ = ["better_peer", "comparisons", "report"]
 
 Cell = tuple[str, int]
 OWN, SHORT = "GI", "GI, equal time"
+HEAD = """# Gradient matching on surrogate problems: all tables
+
+Made by `make bench-matching`; read in [matching.md](matching.md). Medians over seeds; empty: not possible, or left out.
+
+"""
 COLUMNS = ("GI", "GI, defaults", "without GI", "jenn", "GENN", "GEKPLS", "KRG")
 
 
-def report(store: Store, out: Path, images: Path) -> None:
-    """Write the tables, and plots of what there is."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "matching_tables.md").write_text(tables(store))
+def report(store: Store, docs: Path) -> None:
+    """Write the tables and the plots of what there is."""
     from matching_plots import draw_curves, draw_ratios
 
+    images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
+    (docs / "matching_tables.md").write_text(tables(store))
     draw_ratios(store, images / "matching_ratios.png")
     draw_curves(store, images / "matching_curves.png")
 
@@ -126,16 +131,23 @@ def comparisons(store: Store) -> dict[str, Ratio]:
 
 def tables(store: Store) -> str:
     """All of them, as Markdown."""
-    parts = ["Geometric means of error ratios, ours over the other's (below 1: ours is better)\n\n", _summary(store)]
+    parts = [
+        HEAD,
+        "## Geometric means of error ratios, ours over the other's (below 1: ours is better)\n\n",
+        _summary(store),
+    ]
     for column, title in (
         ("value", "Median nRMSE of the value"),
         ("derivative", "Median relative error of the gradient"),
         ("seconds", "Median processor seconds of a fit (cross-validation included)"),
     ):
-        parts += [f"{title}\n\n", _by_method(store, column)]
-    parts += ["Median nRMSE of value-only training with the points that gradients would cost\n\n", _value_only(store)]
-    parts += ["Median nRMSE of the value with noisy derivatives\n\n", _noise(store)]
-    parts += ["Settings chosen on the seeds " + ", ".join(map(str, TUNING_SEEDS)) + "\n\n", _settings(store)]
+        parts += [f"## {title}\n\n", _by_method(store, column)]
+    parts += [
+        "## Median nRMSE of value-only training with the points that gradients would cost\n\n",
+        _value_only(store),
+    ]
+    parts += ["## Median nRMSE of the value with noisy derivatives\n\n", _noise(store)]
+    parts += ["## Settings, chosen on seed " + ", ".join(map(str, TUNING_SEEDS)) + "\n\n", _settings(store)]
     failed = [record for record in store.records.values() if "error" in record]
     for record in failed:
         task = record["task"]
@@ -176,8 +188,9 @@ def _by_method(store: Store, column: str) -> str:
         values.insert(1, _median(short, column))
         if not all(math.isnan(value) for value in values):
             texts = cells_text(values, best=column != "seconds", digits=2 if column == "seconds" else 3)
-            seeds = max(len(store.plain(method, *cell)) for method in COLUMNS)
-            rows.append([f"{cell[0]}, {cell[1]}", *texts, str(seeds)])
+            counts = [count for method in COLUMNS if (count := len(store.plain(method, *cell)))]
+            seeds = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+            rows.append([f"{cell[0]}, {cell[1]}", *texts, seeds])
     return markdown(["problem, N", OWN, SHORT, *COLUMNS[1:], "seeds"], rows)
 
 

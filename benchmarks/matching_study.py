@@ -1,8 +1,8 @@
 """Gradient matching for surrogates beside jenn, GENN, kriging, GEKPLS, and beside more points without derivatives.
 
 Run: ``make bench-matching``, which is ``python benchmarks/matching_study.py``; resumable: a record per fit goes to
-``out/matching_study.jsonl``, tables to ``out/matching_tables.md``, plots to ``docs/images``. ``--quick`` is a smoke
-test. Results and their reading: docs/matching.md.
+``out/matching_study.jsonl``, tables to ``docs/matching_tables.md``, plots to ``docs/images``; ``--report`` writes those
+of what is there; ``--quick`` is a smoke test. Results and their reading: docs/matching.md.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--stages", nargs="+", default=["tune", "main", "time", "noise", "curves"])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--images", type=Path, default=Path("docs/images"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where tables and plots go")
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
     parser.add_argument("--report", action="store_true", help="tables and plots of what is there; runs nothing")
     arguments = parser.parse_args()
@@ -113,14 +113,14 @@ def main() -> None:
             ],
             "time": lambda: equal_time_tasks(store) if "GI" in methods else [],
             "noise": lambda: noise_tasks(problems, methods, seeds),
-            "curves": lambda: [task for task in curve_tasks() if task.method in methods],
+            "curves": lambda: [task for task in curve_tasks(seeds) if task.method in methods],
         }
         for stage in arguments.stages:
             for _ in range(4 if stage == "time" else 1):
                 run(store, stages[stage](), stage, arguments.workers)
     from matching_report import report
 
-    report(store, arguments.out, arguments.images)
+    report(store, arguments.docs)
 
 
 if __name__ == "__main__":

@@ -238,11 +238,11 @@ def median_seconds(records: Sequence[Record]) -> float:
     return float(np.median([record["seconds"] for record in records]))
 
 
-def curve_tasks(seeds: int = FEW_SEEDS) -> list[Task]:
+def curve_tasks(seeds: int) -> list[Task]:
     """Error against seconds: iterations varied."""
     return [
         Task(method, problem, n, seed, iterations=steps)
-        for seed in range(seeds)
+        for seed in range(min(seeds, FEW_SEEDS))
         for problem, n in CURVES.items()
         for method, ladder in CURVE_STEPS.items()
         if applies(method, PROBLEMS[problem], n)

@@ -260,8 +260,8 @@ def test_the_study_runs_and_reports(tmp_path: Path) -> None:
     plain = Store(tmp_path / "plain.jsonl")  # the same as if it had run to its end
     for entry in store.records.values():
         plain.add({**entry, "task": {**entry["task"], "iterations": 0}})
-    report(plain, tmp_path, tmp_path)
+    report(plain, tmp_path)
     assert "Branin, 10" in (tmp_path / "matching_tables.md").read_text()
-    assert (tmp_path / "matching_ratios.png").stat().st_size > 10_000
-    assert (tmp_path / "matching_curves.png").exists()
+    assert (tmp_path / "images" / "matching_ratios.png").stat().st_size > 10_000
+    assert (tmp_path / "images" / "matching_curves.png").exists()
     assert set(comparisons(plain)["better of jenn and GENN, each to its end"].problems) == {"Branin", "B777 engine"}
