@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 __all__ = ["Problem", "draw", "problems", "study", "table"]
 
@@ -34,7 +35,7 @@ DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
 TUNING = (100, 101)  # seeds
 ITERATIONS = 300
 LONGEST = 8  # times as many steps as the others, at equal seconds
-COLOURS = ("#555555", "#999999", "#bbbbbb", "#0072b2", "#d55e00")  # Okabe and Ito, and greys for values alone
+COLOURS = ("#333333", "#777777", "#aaaaaa", "#0072b2", "#d55e00")  # Okabe and Ito, and greys for values alone
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,10 @@ def table(problem: Problem, rows: Sequence[dict[str, Any]]) -> tuple[list[str], 
 
 
 def draw(done: Sequence[tuple[Problem, Sequence[dict[str, Any]]]], path: Path) -> None:
-    """Errors at equal seconds: every seed a dot, the geometric mean a bar."""
-    figure, axes = plt.subplots(1, len(done), figsize=(10.5, 4.6), layout="constrained", squeeze=False)
-    for (problem, rows), ax in zip(done, axes[0], strict=True):
+    """Errors at equal seconds: every seed a dot, the geometric mean a line."""
+    figure, axes = plt.subplots(1, len(done), figsize=(10.8, 4.8), layout="constrained", squeeze=False)
+    ordered = sorted(done, key=lambda pair: (-len(pair[0].quantities), pair[0].points))
+    for (problem, rows), ax in zip(ordered, axes[0], strict=True):
         shown = [row for row in rows if row["budget"] == "equal seconds"]
         width = 0.8 / len(shown)
         greys = sum(not _derivatives(row["method"]) for row in shown)
@@ -147,22 +149,23 @@ def draw(done: Sequence[tuple[Problem, Sequence[dict[str, Any]]]], path: Path) -
             for q, name in enumerate(problem.quantities):
                 errors = row["errors"][name]
                 x = q + (k - (len(shown) - 1) / 2) * width
+                jitter = np.linspace(-0.3, 0.3, len(errors)) * width
+                ax.plot(x + jitter, errors, "o", color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0)
+                mean = np.exp(np.log(errors).mean())
                 label = row["method"].name if q == 0 else None
-                ax.bar(x, np.exp(np.log(errors).mean()), width * 0.9, color=colour, label=label)
-                jitter = np.linspace(-0.25, 0.25, len(errors)) * width
-                ax.plot(x + jitter, errors, ".", color="black", markersize=3, alpha=0.6)
+                ax.hlines(mean, x - 0.45 * width, x + 0.45 * width, color=colour, linewidth=3, label=label)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_xticks(range(len(problem.quantities)), problem.quantities)
         ax.set_title(problem.name, fontsize=11)
         ax.grid(axis="y", alpha=0.3)
-        ax.set_axisbelow(True)
-        bottom, top = ax.get_ylim()
-        ax.set_ylim(bottom, top * (top / bottom) ** 0.45)  # room for the legend
-        ax.legend(fontsize=8, loc="upper left")
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     axes[0][0].set_ylabel("test error / standard deviation")
-    figure.suptitle("Equal seconds of training; bars: geometric means over seeds, dots: seeds", fontsize=11)
+    figure.suptitle("Equal seconds of training; lines: geometric means, dots: seeds. Grey: values only", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=105)
     plt.close(figure)
 
 
