@@ -5,7 +5,7 @@ error of networks trained on all rows at the width it chose, divided by the leas
 means over three networks, of other seeds than those the rules saw, and then over data sets and functions, with
 bootstrap intervals over functions. Cells are added to a file of JSON lines and skipped when they are there.
 Run: ``python benchmarks/capacity_evidence.py [--datasets N]``; writes ``out/capacity_evidence.jsonl``, prints Markdown
-tables, draws ``docs/images/capacity.png``.
+tables, draws ``docs/images/capacity*.png``.
 """
 
 import argparse
@@ -18,15 +18,17 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from capacity_functions import FUNCTIONS, Data, training_data, unseen_data
+from capacity_functions import FUNCTIONS, Data, training_data, unseen_data, value_and_slopes
 from capacity_network import fit
 from capacity_rules import Fit, choices, studies
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gradwise import capacity_study
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["GRID", "cell", "draw", "missing", "needed_width", "regrets", "rows"]
+__all__ = ["GRID", "cell", "draw", "draw_study", "missing", "needed_width", "regrets", "rows"]
 
 Array = npt.NDArray[np.float64]
 GRID = [1, 2, 3, 4, 6, 10, 20, 50]
@@ -34,6 +36,7 @@ FIRST_SEED = 1000  # data sets 0 and 1 were those of the pilots
 TEST_SEEDS = 3
 PATH = Path("out/capacity_evidence.jsonl")
 PICTURE = Path("docs/images/capacity.png")
+STUDY_PICTURE = Path("docs/images/capacity_study.png")
 WITHOUT, WITH = "#d55e00", "#0072b2"  # Okabe and Ito
 
 
@@ -139,28 +142,21 @@ def needed_width(name: str, grid: Sequence[int], samples: int = 1000, threshold:
     """Smallest width whose best of three noiseless students of many samples is within the threshold; None if none."""
     function = FUNCTIONS[name]
     x = np.random.default_rng(5).random((samples, function.inputs))
-    data, unseen = unseen_data(function, samples), unseen_data(function, 2000)
-    data = Data(x, *_exact(name, x))
+    data, unseen = Data(x, *value_and_slopes(function, x)), unseen_data(function, 2000)
     for width in grid:
         if min(_test_errors(fit, data, unseen, width, True)) < threshold:
             return width
     return None
 
 
-def _exact(name: str, x: Array) -> tuple[Array, Array]:
-    from capacity_functions import value_and_slopes
-
-    return value_and_slopes(FUNCTIONS[name], x)
-
-
 def draw(entries: Sequence[dict[str, Any]], path: Path) -> None:
     """Gaps by width, regret against trainings, and the regret of every rule without and with derivatives."""
     names = [entry["function"] for entry in entries]
     figure = plt.figure(figsize=(10.8, 8.2), dpi=108, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 0.85])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 0.85])
     panels: dict[str, Any] = {
-        **upper.subplot_mosaic([["gap", "spent"]], width_ratios=[1.25, 1]),
-        **lower.subplot_mosaic([["without", "with"]]),
+        **halves[0].subplot_mosaic([["gap", "spent"]], width_ratios=[1.25, 1]),
+        **halves[1].subplot_mosaic([["without", "with"]]),
     }
     _draw_gaps(panels["gap"], entries)
     for key, colour in (("without", WITHOUT), ("with", WITH)):
@@ -214,6 +210,15 @@ def _draw_rules(
     axes.set_xlabel("regret, with 95 % interval")
     axes.set_title(f"trained {key} derivatives [trainings]", fontsize=10)
     axes.grid(alpha=0.3, axis="x")
+
+
+def draw_study(path: Path, widths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 32)) -> None:
+    """One study as `CapacityStudy.plot` shows it."""
+    data = training_data(FUNCTIONS["sin(3a) b + a^2, 2-D"], FIRST_SEED)
+    study = capacity_study(fit, widths, data.X, data.y, data.dydx, n_seeds=3)
+    print(study)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    study.plot().savefig(path)
 
 
 def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -284,6 +289,7 @@ def main() -> None:
         if name.startswith("teacher"):
             print(f"{name}: noiseless students of 1,000 samples need {needed_width(name, range(1, 11))} hidden nodes")
     draw(entries, PICTURE)
+    draw_study(STUDY_PICTURE)
     print(f"{sum(entry['seconds'] for entry in entries):.0f} processor seconds; {PICTURE}")
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -521,6 +522,17 @@ def test_files_of_others_are_refused_and_left_alone(tmp_path: Path) -> None:
         assert path.read_text() == text
     path.write_text('{"gradwise.cap')  # killed at once
     assert study(resume=path).gap is not None
+
+
+def test_functions_with_other_bound_settings_are_other_studies(tmp_path: Path) -> None:
+    def fit(*data: Any, extra: int, **what: Any) -> Any:
+        return Recorder()(*data, **what)
+
+    path = tmp_path / "study.jsonl"
+    study(partial(fit, extra=1), resume=path)
+    study(partial(fit, extra=1), resume=path)
+    with pytest.raises(ValueError, match="`resume` must be of the same"):
+        study(partial(fit, extra=2), resume=path)
 
 
 def test_estimators_with_other_settings_are_other_studies(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_a_cell_and_the_report_of_it(
     picture = tmp_path / "images" / "capacity.png"
     capacity_evidence.draw(entries, picture)
     assert picture.stat().st_size > 20_000
+    monkeypatch.setattr(capacity_network, "ITERATIONS", 1500)
+    capacity_evidence.draw_study(picture, [1, 2])
+    assert picture.stat().st_size > 20_000
 
 
 def test_what_is_missing_is_done_by_data_sets() -> None:
