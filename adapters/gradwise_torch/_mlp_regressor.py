@@ -246,9 +246,9 @@ class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimat
         outputs = y.reshape(len(y), -1)
         weight = None
         if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            if not weight.sum() > 0:
-                msg = "`sample_weight` must have a positive sum; got only zeros"
+            weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
+            if np.any(weight < 0) or not weight.sum() > 0:
+                msg = "`sample_weight` must have no negative entries and a positive sum"
                 raise ValueError(msg)
         derivatives = self._derivatives(X, outputs.shape[1], dydx, weight, mask, X_dydx)
         random = check_random_state(self.random_state)

@@ -17,7 +17,8 @@ __all__ = ["Settings", "best_of", "train", "train_lbfgs"]
 
 Floats = NDArray[np.float64]
 
-# Pairs of L-BFGS: on ten test functions 40 left two thirds of the loss that 10 left, for a tenth more time.
+# Pairs of L-BFGS: after 200 iterations on four test functions, 40 left 0.4 to 0.75 of the loss that 10 left, in 1.2
+# times the time.
 _MEMORY = 40
 # Rows times hidden units up to which members are evaluated in one call; beyond, one member fills the cache, and members
 # one after the other are up to 1.4 times as fast.
