@@ -6,7 +6,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-speed bench-second-order bench-generative clean
+.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-further bench-speed bench-second-order bench-generative clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-capacity   widths that capacity_study recommends, beside Optuna (a quarter of an hour; resumable)"
 	@echo "make bench-second-order   option gamma and forces along modes, second derivatives and directions (10 minutes)"
 	@echo "make bench-generative   a GAN with a teacher's gradients, and controls (a quarter of an hour; resumable)"
+	@echo "make bench-further   further training with a surrogate's derivatives; rates of check_derivatives (15 minutes)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -53,7 +54,11 @@ bench-capacity: .venv/.bench
 bench-generative: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/generative_study.py
 
-bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order bench-generative
+bench-further: .venv/.bench
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/further_training_study.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/check_derivatives_rates.py
+
+bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order bench-generative bench-further
 	$(BIN)/python benchmarks/vectorize_rule.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py

@@ -2,12 +2,14 @@
 
 Functions of 1 to 10 inputs (steep, oscillating and linear ones, two with several outputs), Latin hypercubes of 5, 10
 and 20 points for each input, values without and with noise of 10 % of their standard deviation, inputs in random units;
-exact derivatives, and the same with a defect. Run: ``python benchmarks/check_derivatives_rates.py``; it goes on where
-it was stopped. Writes out/check_derivatives.jsonl, out/check_derivatives.md and docs/images/check_derivatives.png.
+exact derivatives, and the same with a defect. Run: ``PYTHONPATH=examples python benchmarks/check_derivatives_rates.py``
+(five minutes of one core; goes on where it was stopped). Writes out/check_derivatives.jsonl,
+out/check_derivatives.md and docs/images/check_derivatives.png.
 """
 
 import argparse
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,19 +17,24 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matching_wing_weight import LOWER, UPPER, wing_weight
 from numpy.typing import NDArray
 from reports import markdown
 from rich.progress import track
 from scipy.stats import qmc
+from sklearn.exceptions import ConvergenceWarning
 
 from gradwise import check_derivatives, finite_difference_jacobian
+from gradwise._check_derivatives_findings import suggested_weight
+from gradwise.torch import GradientEnhancedMLPRegressor
 
 __all__ = ["DEFECTS", "FUNCTIONS", "Data", "outcome", "sample"]
 
 Array = NDArray[np.float64]
 ROOT = Path(__file__).parent.parent
-SEEDS = 10
+SEEDS = 5
 MULTIPLES, NOISES = (5, 10, 20), (0.0, 0.1)
+CHOSEN = ("sign", "57.3 times too large", "main input 57.3 times too small", "rows shuffled", "noise of 100 %")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,11 @@ class Data:
     X: Array
     y: Array
     dydx: Array
+
+
+def _ripples(u: Array) -> Array:
+    x = 5.12 * (2 * u - 1)
+    return (x**2 - 2 * np.cos(2 * np.pi * x)).sum(axis=1)
 
 
 def _branin(u: Array) -> Array:
@@ -67,8 +79,6 @@ def _friedman(u: Array) -> Array:
 
 
 def _wing_weight(u: Array) -> Array:
-    from matching_wing_weight import LOWER, UPPER, wing_weight
-
     return wing_weight(LOWER + u * (UPPER - LOWER))[0]
 
 
@@ -103,6 +113,10 @@ FUNCTIONS = {
     "Rastrigin, 2": Function(2, _rastrigin),
     "Rastrigin, 5": Function(5, _rastrigin),
 }
+
+# Exact derivatives that do harm: ripples of 3 % of the variance with most of the derivatives' size.
+WEIGHED = {"wing weight": FUNCTIONS["wing weight, 10"], "ripples": Function(2, _ripples)}
+CANDIDATES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def sample(name: str, n: int, seed: int, noise: float = 0.0) -> Data:
@@ -197,6 +211,8 @@ def measure(path: Path, seeds: int) -> list[dict[str, object]]:
     """Outcomes of all cells, those of earlier runs included."""
     path.parent.mkdir(exist_ok=True)
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    wanted = set(cells(seeds))
+    results = [result for result in results if tuple(result["cell"]) in wanted]
     done = {tuple(result["cell"]) for result in results}
     todo = [cell for cell in cells(seeds) if cell not in done]
     with path.open("a") as file:
@@ -239,20 +255,57 @@ def tables(results: list[dict[str, object]]) -> str:
         ]
         for defect, counters in by_defect.items()
     ]
-    chosen = (
-        "sign",
-        "57.3 times too large",
-        "main input 57.3 times too small",
-        "rows shifted by one",
-        "noise of 100 %",
-    )
     second = [
         [name, f"{counters['none']['alarm']} of {counters['none']['all']}", percent(counters["none"], "use")]
-        + [percent(counters[defect], "named") for defect in chosen]
+        + [percent(counters[defect], "named") for defect in CHOSEN]
         for name, counters in by_function.items()
     ]
-    names = ["function, inputs", "exact: accused", 'exact: "use"', *chosen]
+    names = ["function, inputs", "exact: accused", 'exact: "use"', *CHOSEN]
     return markdown(header, rows) + markdown(names, second)
+
+
+def weights(path: Path, seeds: int = 3) -> str:
+    """Markdown: the error of a network by relative noise and weight of the derivatives; and of unresolved ripples."""
+    done = (
+        {tuple(cell): error for cell, error in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    )
+    cells = [
+        (name, n, size, weight, seed)
+        for name, n, sizes in (
+            ("wing weight", 50, (0.1, 0.2, 0.5, 1.0)),
+            ("ripples", 20, (0.0,)),
+            ("ripples", 40, (0.0,)),
+        )
+        for size in sizes
+        for weight in CANDIDATES
+        for seed in range(seeds)
+    ]
+    for cell in track([cell for cell in cells if cell not in done], "weights"):
+        done[cell] = _network_error(*cell)
+        with path.open("a") as file:
+            file.write(json.dumps([list(cell), done[cell]]) + "\n")
+    rows = [
+        [f"{name}, {n} samples, noise {100 * size:.0f} %"]
+        + [f"{np.median([done[name, n, size, weight, seed] for seed in range(seeds)]):.3f}" for weight in CANDIDATES]
+        + [f"{suggested_weight(size):.2g}"]
+        for name, n, size in dict.fromkeys(cell[:3] for cell in cells)
+    ]
+    return markdown(["test error at weight", *(f"{weight:g}" for weight in CANDIDATES), "suggested"], rows)
+
+
+def _network_error(name: str, n: int, size: float, weight: float, seed: int) -> float:
+    function = WEIGHED[name]
+    rng = np.random.default_rng(seed)
+    X, new = qmc.LatinHypercube(function.n_inputs, rng=rng).random(n), rng.uniform(size=(1000, function.n_inputs))
+    y, test = function.values(X), function.values(new)
+    data = Data(X, y, finite_difference_jacobian(function.values, X, step=1e-6))
+    model = GradientEnhancedMLPRegressor(
+        (32, 32), derivative_weight=weight, alpha=1e-3, max_iter=200, random_state=seed
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as many steps for all
+        model.fit(X, y, _noise(size)(data, rng))
+    return float(np.sqrt(np.mean(np.square(model.predict(new) - test))) / test.std())
 
 
 def picture(path: Path) -> None:
@@ -278,6 +331,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=SEEDS)
     arguments = parser.parse_args()
     text = tables(measure(ROOT / "out" / "check_derivatives.jsonl", arguments.seeds))
+    text += weights(ROOT / "out" / "check_derivatives_weights.jsonl")
     (ROOT / "out" / "check_derivatives.md").write_text(text)
     print(text)
     picture(ROOT / "docs" / "images" / "check_derivatives.png")

@@ -259,6 +259,9 @@ def test_values_that_are_not_finite_make_unknown_derivatives():
         result = finite_difference_jacobian(lambda x: np.sqrt(x[:, 0]), X)
     assert_allclose(result[:2, 0, 0], [0.5, 0.25], rtol=1e-8)
     assert np.isnan(result[2, 0, 0])
+    overflowing = finite_difference_jacobian(lambda x: np.where(x > 1, np.inf, x), [[1.0], [0.0]], step=0.1)
+    assert np.isnan(overflowing[0, 0, 0])
+    assert overflowing[1, 0, 0] == pytest.approx(1)
 
 
 def test_the_callers_points_are_left_alone_even_if_the_function_writes_into_its_own():

@@ -38,8 +38,9 @@ def factor_finding(
             input=column,
         )
     size = max(factor, 1 / factor)
-    names = [name for known, name in _FACTORS.items() if abs(size / known - 1) < 3 * slope.error / factor + 0.02]
-    hint = f" (near {names[0]})" if names else ""
+    nearest = min(_FACTORS, key=lambda known: abs(np.log(size / known)))
+    close = abs(size / nearest - 1) < min(0.08, 3 * slope.error / factor + 0.02)
+    hint = f" (near {nearest:.4g}: {_FACTORS[nearest]})" if close else ""
     act = f"*= {sign}{factor:.4g}" if factor > 1 else f"/= {sign}{1 / factor:.4g}"
     too = "small" if factor > 1 else "large"
     return Finding(
@@ -65,5 +66,8 @@ def noise_finding(noise: float, hopeless: bool, output: int | None) -> Finding:
 
 
 def suggested_weight(noise: float) -> float:
-    """Return a weight for derivatives with this relative noise: 1 / (1 + (noise / 0.1)**2)."""
-    return 1 / (1 + (noise / 0.1) ** 2)
+    """Weight of derivatives with this relative noise: ``1 / (1 + (noise / 0.03)**2)``.
+
+    The inverse of a variance; 0.03 is where measured optima lie, see `docs/check_derivatives.md`.
+    """
+    return 1 / (1 + (noise / 0.03) ** 2)
