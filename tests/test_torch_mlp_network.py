@@ -223,3 +223,23 @@ def test_best_of_takes_the_least_finite_loss() -> None:
     minima = [Minimum(np.zeros(1), loss, [], True) for loss in (3.0, 1.0, float("nan"), 2.0)]
     assert [minimum.loss for minimum in best_of(minima, 2)] == [1.0, 2.0]
     assert [minimum.loss for minimum in best_of(minima, 4)] == [1.0]
+
+
+def test_adam_gives_every_member_its_best_epoch_and_stops_when_all_have_waited() -> None:
+    made, architecture = objective()
+    starts = np.stack([architecture.initial(seed) for seed in range(2)])
+    script = torch.tensor([[3.0, 2.0], [1.0, 5.0], [2.0, 1.0], [4.0, 4.0], [4.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+
+    def validation(theta: torch.Tensor) -> torch.Tensor:
+        seen.append(theta.clone())
+        return script[len(seen) - 1]
+
+    minima = adam(
+        made, starts, n_epochs=6, batch_size=4, learning_rate=0.1, seed=0, validation=validation, patience=2, tol=0.0,
+        report=None,
+    )  # fmt: skip
+    assert len(seen) == 5  # the last gain was in the third epoch
+    np.testing.assert_array_equal(minima[0].theta, seen[1][0].numpy())
+    np.testing.assert_array_equal(minima[1].theta, seen[2][1].numpy())
+    assert minima[0].loss == pytest.approx(made(seen[1])[0][0].item())
