@@ -218,6 +218,15 @@ def test_inputs_that_hardly_matter_are_named_and_no_reason_against_use():
     assert_allclose(report.outputs[0].importance.sum(), 1)
 
 
+def test_an_input_in_wrong_units_is_not_said_to_hardly_matter():
+    X, y, dydx = friedman()
+    spoiled = dydx[:, 0].copy()
+    spoiled[:, 3] /= 1000
+    assert [(finding.kind, finding.input) for finding in check_derivatives(X, y, spoiled).findings] == [
+        ("wrong units", 3)
+    ]
+
+
 def test_unknown_derivatives():
     X, y, dydx = friedman(100, noise=0)
     partly = dydx[:, 0].copy()

@@ -106,7 +106,8 @@ def check_derivatives(X: ArrayLike, y: ArrayLike, dydx: ArrayLike) -> Derivative
     checks = [check for check, _ in judged]
     for _, found in judged:
         findings += [] if transposed else found
-    findings = transposed + findings + _unimportant(checks)
+    accused = {finding.input for finding in findings}  # an input with wrong units may seem to have no influence
+    findings = transposed + findings + [finding for finding in _unimportant(checks) if finding.input not in accused]
     verdict = DO_NOT_USE if transposed else min((check.verdict for check in checks), key=_SEVERITY.index)
     if any(finding.kind == "transposed" for finding in findings):
         verdict = DO_NOT_USE

@@ -153,7 +153,7 @@ class DerivativeReport:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %" if share > -1 else "less than nothing"
+    return f"{100 * share:.3g} %" if share > 0 else "none"
 
 
 def _noise_text(check: OutputCheck) -> str:
