@@ -59,7 +59,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 if method in errors and method != TWICE and np.median(errors[method]) <= smallest * 1.0001:
                     cells[k] = f"**{cells[k]}**"
             lines.append([setting.name, str(n), *cells, _ratio(errors[OURS_CV], errors["RidgeCV"])])
-    header = ["test nRMSE, median", "N", *METHODS, "GradientEnhancedRidgeCV / RidgeCV"]
+    header = ["test nRMSE, median", "N", *map(_short, METHODS), "ours, CV / RidgeCV"]
     noise = []
     for setting in SETTINGS:
         if setting.noisy_size is None:
@@ -73,7 +73,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
                     errors = _errors(part, setting, setting.noisy_size)
                     known = method in errors and "RidgeCV" in plain
                     cells.append(_ratio(errors[method], plain["RidgeCV"]) if known else "")
-                noise.append([f"{setting.name}, N = {setting.noisy_size}", kind, method, *cells])
+                noise.append([f"{setting.name}, N = {setting.noisy_size}", kind, _short(method), *cells])
     percent = [f"{100 * level:g} %" for level in STEPS]
     return markdown(header, lines) + markdown(
         ["error / that of RidgeCV", "error of derivatives", "method", *percent], noise
@@ -147,6 +147,10 @@ def _frame(rows: list[dict[str, Any]]) -> Frame:
 def _errors(frame: Frame, setting: Setting, n: int) -> dict[str, npt.NDArray[np.float64]]:
     part = frame[(frame.setting == setting.name) & (frame.n == n)].sort_values("seed")
     return {str(method): group.error.to_numpy() for method, group in part.groupby("method")}
+
+
+def _short(method: str) -> str:
+    return method.replace("GradientEnhancedRidgeCV", "ours, CV").replace("GradientEnhancedRidge", "ours")
 
 
 def _number(errors: npt.NDArray[np.float64]) -> str:

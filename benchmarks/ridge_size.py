@@ -55,8 +55,12 @@ def measure(n: int, n_inputs: int, degree: int) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """As Markdown."""
-    header = ["samples", "inputs", "features", "seconds", "data, MB", "memory of the fit, MB", "stacked matrix, MB"]
-    rows = [[f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" for value in r.values()] for r in results]
+    header = ["samples", "inputs", "features", "seconds", "data, MB", "memory of the fit, MB", "stacked matrix, GB"]
+    rows = [
+        [f"{r[k]:,}" for k in ("samples", "inputs", "features")]
+        + [f"{r['seconds']:.2g}", f"{r['data_mb']:.0f}", f"{r['extra_mb']:.0f}", f"{r['stacked_mb'] / 1024:.2g}"]
+        for r in results
+    ]
     return markdown(header, rows)
 
 
