@@ -152,7 +152,7 @@ def needed_width(name: str, grid: Sequence[int], samples: int = 1000, threshold:
 def draw(entries: Sequence[dict[str, Any]], path: Path) -> None:
     """Gaps by width, regret against trainings, and the regret of every rule without and with derivatives."""
     names = [entry["function"] for entry in entries]
-    figure = plt.figure(figsize=(10.8, 8.2), dpi=108, layout="constrained")
+    figure = plt.figure(figsize=(10.8, 8.2), dpi=102, layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 0.85])
     panels: dict[str, Any] = {
         **halves[0].subplot_mosaic([["gap", "spent"]], width_ratios=[1.25, 1]),
@@ -253,7 +253,7 @@ def report(entries: Sequence[dict[str, Any]]) -> None:
                 f"{np.median(best['without']):.0f}",
                 f"{np.median(best['with']):.0f}",
                 f"{np.median([e['need'] for e in of]):.0f}",
-                f"{np.median(bounds):.0f} ({shown} of {len(of)})",
+                f"{'none' if np.isinf(np.median(bounds)) else f'{np.median(bounds):.0f}'} ({shown} of {len(of)})",
                 *(f"{np.exp(logs[rule].mean()):.2f}" for rule in ("gap: min(need, upper bound)", reference)),
                 f"{np.exp(logs['derivative error at the training points, 5 seeds'].mean()):.2f}",
                 f"{100 * np.mean([e['not_converged'] for e in of]):.0f} %",
