@@ -264,7 +264,7 @@ def tables(results: list[dict[str, object]]) -> str:
     return markdown(header, rows) + markdown(names, second)
 
 
-def weights(path: Path, seeds: int = 3) -> str:
+def weights(path: Path, seeds: int = 5) -> str:
     """Markdown: the error of a network by relative noise and weight of the derivatives; and of unresolved ripples."""
     done = (
         {tuple(cell): error for cell, error in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
@@ -287,7 +287,7 @@ def weights(path: Path, seeds: int = 3) -> str:
     rows = [
         [f"{name}, {n} samples, noise {100 * size:.0f} %"]
         + [f"{np.median([done[name, n, size, weight, seed] for seed in range(seeds)]):.3f}" for weight in CANDIDATES]
-        + [f"{suggested_weight(size):.2g}"]
+        + [f"{suggested_weight(size):.2g}" if size else ""]
         for name, n, size in dict.fromkeys(cell[:3] for cell in cells)
     ]
     return markdown(["test error at weight", *(f"{weight:g}" for weight in CANDIDATES), "suggested"], rows)
