@@ -44,7 +44,9 @@ def test_equals_the_stacked_problem(rows, columns, free, seed, size):
 
 def test_shortest_of_many_solutions():
     rng = np.random.default_rng(0)
-    for matrix in (rng.standard_normal((4, 9)), np.tile(rng.standard_normal((9, 2)), 2)):  # wide; repeated columns
+    columns = rng.standard_normal((9, 2))
+    # Wide; repeated columns; repeated in another unit, where the shortest solution is not that of unit columns.
+    for matrix in (rng.standard_normal((4, 9)), np.tile(columns, 2), np.hstack([columns, 3 * columns])):
         targets = rng.standard_normal((len(matrix), 2))
         p = matrix.shape[1]
         result = least_squares(matrix, targets, np.zeros(p), np.zeros((p, 2)))
