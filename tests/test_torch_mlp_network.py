@@ -172,6 +172,20 @@ def test_lbfgs_says_whether_it_converged_and_stands_infinite_losses() -> None:
     assert (still.converged, still.loss) == (True, 0.0)
 
 
+def test_lbfgs_has_converged_at_max_iter_if_the_last_gains_were_negligible() -> None:
+    def flat(
+        points: Any,
+    ) -> tuple[Any, Any]:  # no relative gain is ever small
+        return np.sum(points**4, axis=1), 4 * points**3
+
+    def after(max_iter: int) -> Minimum:
+        start = np.array([3.0, -2.0])
+        return minimise_all(flat, [lbfgs(start, max_iter=max_iter, tol=1e-3, memory=5, report=None)])[0]
+
+    assert [(len(found.loss_curve), found.converged) for found in (after(11), after(30))] == [(11, False), (30, True)]
+    assert after(30).loss_curve[-11] - after(30).loss <= 1e-5 < after(11).loss_curve[0] - after(11).loss
+
+
 def test_members_together_are_members_alone() -> None:
     made, architecture = objective()
     starts = np.stack([architecture.initial(seed) for seed in range(3)])

@@ -16,6 +16,8 @@ _DECREASE, _CURVATURE = 1e-4, 0.9
 _LINE_SEARCH = 20
 # Gains are judged over this many iterations: L-BFGS often rests for a few on its way down.
 _WINDOW = 10
+# Of a loss in units of the variance of y. A noise-free target is fitted ever better, and nobody need be told so.
+_NEGLIGIBLE = 1e-5
 
 
 class Minimum(NamedTuple):
@@ -32,7 +34,8 @@ def lbfgs(theta: Floats, *, max_iter: int, tol: float, memory: int, report: Call
     """Minimise by limited-memory BFGS (Nocedal & Wright, algorithm 7.5) with a strong Wolfe line search.
 
     Yields weight vectors and must be sent their loss and gradient; returns a `Minimum`. It has converged when ten
-    iterations gained less than `tol` times the loss, when the gradient is zero, or when rounding lets no step gain.
+    iterations gained less than `tol` times the loss, when the gradient is zero, or when rounding lets no step gain; at
+    `max_iter`, when ten iterations gained less than 1e-5.
 
     Parameters
     ----------
@@ -78,7 +81,8 @@ def lbfgs(theta: Floats, *, max_iter: int, tol: float, memory: int, report: Call
             report(loss)
         if len(curve) > _WINDOW and curve[-1 - _WINDOW] - loss <= tol * curve[-1 - _WINDOW]:
             return Minimum(theta, loss, curve, True)
-    return Minimum(theta, loss, curve, False)
+    settled = len(curve) > _WINDOW and curve[-1 - _WINDOW] - loss <= _NEGLIGIBLE
+    return Minimum(theta, loss, curve, settled)
 
 
 def _direction(gradient: Floats, pairs: list[tuple[Floats, Floats, float]]) -> Floats:

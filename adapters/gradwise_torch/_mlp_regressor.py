@@ -105,8 +105,9 @@ class GradientEnhancedMLPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimat
     loss_curve_ : list of float
         Training loss after each iteration or epoch (Adam: of the batches, without the penalty); the mean over members.
     converged_ : bool
-        Whether all members' losses had settled within `max_iter`. Adam has no such test: True if its cycle ended, or
-        early stopping stopped it, at a finite loss.
+        Whether all members' losses had settled within `max_iter`: by `tol`, or because the last ten iterations gained
+        less than 1e-5 (of the variance of y). Adam has no such test: True if its cycle ended, or early stopping stopped
+        it, at a finite loss.
     derivative_weight_ : float
         The weight used; 0 without derivatives.
     derivative_noise_ : float
