@@ -37,7 +37,7 @@ from reports import markdown
 from rich.progress import track
 from scipy.stats import wilcoxon
 from sklearn.datasets import load_diabetes
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures
@@ -139,6 +139,12 @@ def linear_cell(name: str, seed: int) -> dict[str, float]:
     return scores
 
 
+def straight_cell(name: str, seed: int) -> dict[str, float]:
+    """Error of ridge regression on the inputs themselves: quadratic features may be too many for the data."""
+    data = DATA[name](seed)
+    return {"data alone, straight": error(RidgeCV(ALPHAS).fit(data.X, data.y).predict(data.test_X), data)}
+
+
 def _linear_targets(data: Data, rows: Any, seed: int) -> dict[str, Any]:
     """Points with values, or derivatives, for each arm, from these rows alone."""
     X, y = data.X[rows], data.y[rows]
@@ -192,6 +198,7 @@ def stages(results: Results) -> Iterator[tuple[str, list[tuple[Cell, Callable[[]
             everything.append((("network", name, seed, 0.0), partial(network_cell, name, seed, decays[name])))
             everything.append((("linear", name, seed, 0.0), partial(linear_cell, name, seed)))
     yield "arms", everything
+    yield "straight", [(("straight", n, seed, 0.0), partial(straight_cell, n, seed)) for n in DATA for seed in SEEDS]
 
 
 def measure(path: Path) -> Results:
@@ -209,6 +216,9 @@ def measure(path: Path) -> Results:
 
 def _scores(results: Results, kind: str, name: str) -> dict[str, Array]:
     runs = [results[kind, name, seed, 0.0] for seed in SEEDS if (kind, name, seed, 0.0) in results]
+    if kind == "linear":
+        straight = [results["straight", name, seed, 0.0] for seed in SEEDS if (kind, name, seed, 0.0) in results]
+        runs = [one | other for one, other in zip(straight, runs, strict=True)]
     return {arm: np.array([scores[arm] for scores in runs]) for arm in runs[0]}
 
 
@@ -240,6 +250,7 @@ def tables(results: Results) -> str:
         )
         comparisons = [
             ("process: derivatives", "data alone"),
+            ("process: derivatives", "data alone, straight"),
             ("process: derivatives", "process: values"),
             ("process: derivatives", "process: values at n (1 + d) points"),
             ("process: derivatives", "process itself"),

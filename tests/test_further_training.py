@@ -135,11 +135,11 @@ def test_the_study_goes_on_where_it_was_stopped_and_reports(tmp_path: Path, monk
         calls.append((name, seed))
         return {"before": 1.0} | {arm: 1.0 + 0.1 * place + 0.01 * (seed % 7) for place, arm in enumerate(arms)}
 
-    for name in ("network_cell", "decay_cell", "linear_cell"):
+    for name in ("network_cell", "decay_cell", "linear_cell", "straight_cell"):
         monkeypatch.setattr(study, name, cell)
     results = study.measure(tmp_path / "results.jsonl")
     done = len(calls)
-    per_data_set = len(study.TUNING) * len(study.DECAYS) + 2 * len(study.SEEDS)
+    per_data_set = len(study.TUNING) * len(study.DECAYS) + 3 * len(study.SEEDS)
     assert done == 3 * per_data_set
     assert study.measure(tmp_path / "results.jsonl") == results
     assert len(calls) == done
