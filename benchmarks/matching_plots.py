@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matching_problems import PROBLEMS
 from matching_report import Cell, better_peer, by_seed, cells, comparisons
-from matching_tasks import CURVES, Record, Store, Task, median_seconds
+from matching_tasks import CURVE_STEPS, CURVES, Record, Store, Task, median_seconds
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -111,7 +111,7 @@ def draw_curves(store: Store, path: Path) -> None:
 
 
 def _curve(store: Store, method: str, problem: str, n: int) -> Any:
-    """Rows of seconds and error, medians over the seeds that all bounds share."""
+    """Rows of seconds and error, medians over seeds."""
     runs: dict[int, list[Record]] = {}
     for task, record in store.records.items():
         if (
@@ -120,8 +120,7 @@ def _curve(store: Store, method: str, problem: str, n: int) -> Any:
             and task.iterations
         ):
             runs.setdefault(task.iterations, []).append(record)
-    most = max(map(len, runs.values()), default=0)
-    steps = [key for key in sorted(runs) if len(runs[key]) == most or method == "GI"]
+    steps = [key for key in CURVE_STEPS[method] if key in runs]  # and not those of the comparison at equal time
     return np.array(
         [[median_seconds(runs[key]), np.median([record["value"] for record in runs[key]])] for key in steps]
     )
