@@ -147,6 +147,17 @@ def test_alpha_for_each_output():
     np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-10)
 
 
+def test_weight_zero_skips_the_derivatives():
+    class Unknown(Cubes):
+        def derivative(self, X):
+            raise NotImplementedError
+
+    X, y, dydx, _ = data()
+    assert GradientEnhancedRidge(derivative_weight=0, basis=Unknown()).fit(X, y, dydx).coef_.shape == (2, 6)
+    with pytest.raises(NotImplementedError):
+        GradientEnhancedRidge(basis=Unknown()).fit(X, y, dydx)
+
+
 # -- the objective -----------------------------------------------------------------------------------------------------
 
 

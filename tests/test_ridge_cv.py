@@ -101,6 +101,7 @@ def test_without_derivatives_it_is_ridge_cv(n, fit_intercept):
         theirs: Any = RidgeCV(ALPHAS, fit_intercept=fit_intercept).fit(X, y[:, 0], sample_weight=weight)
         assert ours.alpha_ == theirs.alpha_
         assert ours.derivative_weight_ == 0
+        assert GradientEnhancedRidgeCV(ALPHAS, [1.0]).fit(X, y[:, 0]).derivative_weight_ == 0
         np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-9)
         if weight is None:
             assert 1 - ours.best_score_ == pytest.approx(-theirs.best_score_ / y[:, 0].var(), rel=1e-9)
