@@ -5,6 +5,7 @@ import copy
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -470,3 +471,13 @@ def test_a_jacobian_of_one_row_is_the_callers_own():
         _, jacobian = value_and_jacobian(model, torch.zeros(1, 2))
         jacobian += 1.0
     torch.testing.assert_close(jacobian[0], model.weight + 1.0)
+
+
+def test_directions_are_not_kept_alive():
+    x, direction, cotangent = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 2)
+    model = mlp()
+    jvp(model, x, direction)
+    vjp(model, x, cotangent)
+    left = [weakref.ref(tensor) for tensor in (x, direction, cotangent)]
+    del x, direction, cotangent
+    assert [reference() for reference in left] == [None] * 3

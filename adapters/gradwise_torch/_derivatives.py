@@ -231,7 +231,6 @@ def teacher_jacobian(model: Model, x: Tensor) -> Tensor:
             layer.training = True
 
 
-@cache
 def _single(name: str, value: Tensor | tuple[Tensor]) -> Tensor:
     if not isinstance(value, tuple):
         return value
@@ -241,6 +240,7 @@ def _single(name: str, value: Tensor | tuple[Tensor]) -> Tensor:
     return value[0]
 
 
+@cache
 def _load_forward_mode() -> None:
     """Let torch import its forward-mode rules, without the DeprecationWarning that it gives itself for them."""
     with warnings.catch_warnings(), forward_ad.dual_level():
