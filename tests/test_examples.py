@@ -30,8 +30,8 @@ def test_readme_snippets_run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_has_a_snippet_for_each_plugin() -> None:
-    assert len(snippets()) == 4
+def test_readme_has_a_snippet_for_each_plugin_and_tool() -> None:
+    assert len(snippets()) == 9
 
 
 def test_wing_weight_derivatives_equal_central_differences() -> None:
