@@ -103,7 +103,8 @@ def test_statistics_of_large_tensors(rows: int) -> None:
         optimizer.step()
     # The mean of 131072 curvatures has a standard error of 0.2%; rounding of the float32 sums is below 1%.
     assert max(abs(ratio - 1) for ratio in seen) < 0.01
-    assert (len(set(seen)) == 10) or rows == 64
+    # Another of eight blocks in other steps: some draws of ten coincide, and equal blocks are equal to a rounding only.
+    assert (len({round(ratio, 5) for ratio in seen}) > 3) == (rows == 1024)
 
 
 # -- half precision ----------------------------------------------------------------------------------------------------
