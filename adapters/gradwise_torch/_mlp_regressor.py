@@ -50,7 +50,7 @@ class GradientEnhancedMLPRegressor(FittedNetwork):
         `learning_rate_init` in the first tenth of the steps and falls to 0 along half a cosine.
     derivative_weight : float or "auto", default 1.0
         Weight of the derivative loss. 0 skips the derivatives, which are then not even looked at. "auto" estimates how
-        noisy they are and weighs them accordingly, see Notes.
+        noisy they are and weighs them accordingly, see Notes; a dozen rows is the least that it can judge by.
     alpha : float, default 1e-4
         L2 penalty, in standardised units.
     scale : {"block", "per_input", "none"}, default "block"
