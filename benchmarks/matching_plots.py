@@ -48,7 +48,8 @@ def draw_ratios(store: Store, path: Path) -> None:
         for row, name in enumerate(names):
             logs = _log_ratios(pairs, name)
             if len(logs):
-                low, middle, high = np.exp(_interval(logs))
+                low, _, high = np.exp(_interval(logs))
+                middle = summary[key].problems[name]
                 axis.plot([low, high], [row, row], color="#0b6e4f" if middle < 1 else "#b2182b", lw=2)
                 axis.plot(middle, row, "o", color="#0b6e4f" if middle < 1 else "#b2182b", ms=5)
             else:
