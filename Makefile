@@ -13,7 +13,7 @@ help:
 	@echo "make test    lint, types and all tests, those of Keras on its three backends"
 	@echo "make venv    .venv with every extra"
 	@echo "make bench-speed   what a step costs, beside IVON, SAM, jenn and loops by hand: out/speed.md (half an hour)"
-	@echo "make bench-matching   surrogates with derivatives, beside jenn, GENN, kriging and GEKPLS (an hour; resumable)"
+	@echo "make bench-matching   surrogates with derivatives, beside jenn, GENN, kriging and GEKPLS (hours; resumable)"
 	@echo "make bench-ridge   linear regression with derivatives: out/ridge_study.jsonl (ten minutes; resumable)"
 	@echo "make bench-capacity   widths that capacity_study recommends, beside Optuna (a quarter of an hour; resumable)"
 	@echo "make bench-second-order   option gamma and forces along modes, second derivatives and directions (10 minutes)"

@@ -38,14 +38,11 @@ Record = dict[str, Any]
 TUNING_SEEDS = (100,)
 NOISE = (0.05, 0.2)  # relative to the root mean square of each partial derivative
 PEERS = ("jenn", "GENN")  # networks with derivatives
-FEW_SEEDS = 3  # of the expensive cells, value-only training on more points, and curves
 CURVES = {"Rosenbrock 2-D": 20, "Wing weight": 50, "Water flow": 40, "B777 engine": 100}
 ADAM_STEPS = (200, 600, 2000, 6000)
 CURVE_STEPS = {"GI": (10, 30, 100, 300, 1000), "jenn": ADAM_STEPS, "GENN": ADAM_STEPS}
-EXPENSIVE = {("Airfoil drag", 1000): FEW_SEEDS}  # up to 20 s a fit
 TUNING_LIMIT, LIMIT = 6, 120  # processor seconds of a fit; settings that need more are not chosen
 GRADIENT_POINTS = 250  # of the test points, in random order: kriging takes minutes for 2000 gradients
-HALF_SEEDS = 5  # noise, defaults, kriging, value-only training at larger sizes
 # Kriging took 4, 11 and 45 s for 50, 100 and 200 airfoils in 16 dimensions (nRMSE .49, .40, .38).
 LEFT_OUT = {("KRG", "Airfoil drag", 200), ("KRG", "Airfoil drag", 1000), ("GEKPLS", "Airfoil drag", 1000)}
 # What the grid asks of 200 airfoils, 600 to 1200 points of kriging, is not positive definite or takes minutes.
@@ -167,8 +164,7 @@ def cells(problems: Sequence[str], seeds: int) -> Iterator[tuple[Problem, int, i
     for seed in range(seeds):
         for name in problems:
             for n in PROBLEMS[name].sizes:
-                if seed < EXPENSIVE.get((name, n), seeds):
-                    yield PROBLEMS[name], n, seed
+                yield PROBLEMS[name], n, seed
 
 
 def tuning_tasks(problems: Sequence[str], methods: Sequence[str]) -> list[Task]:
@@ -192,21 +188,17 @@ def main_tasks(problems: Sequence[str], methods: Sequence[str], seeds: int) -> l
         for method in methods:
             if method == "GI, auto weight" or not applies(method, problem, n):
                 continue
-            if seed >= HALF_SEEDS and (
-                method in {"GI, defaults", "KRG"} or (method == "without GI" and n > problem.sizes[0])
-            ):
-                continue
             tasks.append(Task(method, problem.name, n, seed))
-            if method == "without GI" and n == problem.sizes[0] and seed < FEW_SEEDS:
+            if method == "without GI" and n == problem.sizes[0]:
                 tasks += [Task(method, problem.name, n, seed, c=c) for c in problem.extra(n)]
     return tasks
 
 
 def noise_tasks(problems: Sequence[str], methods: Sequence[str], seeds: int) -> list[Task]:
-    """Noisy derivatives, at the smallest size; on half of the seeds."""
+    """Noisy derivatives, at the smallest size."""
     return [
         Task(method, problem.name, n, seed, noise=noise)
-        for problem, n, seed in cells(problems, min(seeds, HALF_SEEDS))
+        for problem, n, seed in cells(problems, seeds)
         if n == problem.sizes[0]
         for noise in NOISE
         for method in methods
@@ -242,7 +234,7 @@ def curve_tasks(seeds: int) -> list[Task]:
     """Error against seconds: iterations varied."""
     return [
         Task(method, problem, n, seed, iterations=steps)
-        for seed in range(min(seeds, FEW_SEEDS))
+        for seed in range(seeds)
         for problem, n in CURVES.items()
         for method, ladder in CURVE_STEPS.items()
         if applies(method, PROBLEMS[problem], n)

@@ -265,3 +265,14 @@ def test_the_study_runs_and_reports(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "matching_ratios.png").stat().st_size > 10_000
     assert (tmp_path / "images" / "matching_curves.png").exists()
     assert set(comparisons(plain)["better of jenn and GENN, each to its end"].problems) == {"Branin", "B777 engine"}
+
+
+def test_every_seed_that_is_asked_for_is_planned() -> None:
+    from matching_tasks import curve_tasks, main_tasks, noise_tasks
+
+    problems, methods = list(PROBLEMS), list(METHODS)
+    for tasks in (main_tasks(problems, methods, 10), noise_tasks(problems, methods, 10), curve_tasks(10)):
+        seeds: dict[object, set[int]] = {}
+        for task in tasks:
+            seeds.setdefault(replace(task, seed=0), set()).add(task.seed)
+        assert set(map(frozenset, seeds.values())) == {frozenset(range(10))}

@@ -106,7 +106,7 @@ def test_global_state_is_untouched(solver: str) -> None:
         settings["derivative_weight"] = "auto"
     reference = network(**settings).fit(x, y, dydx)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    numpy_before: Any = np.random.get_state()  # noqa: NPY002
+    numpy_before: Any = np.random.get_state()  # noqa: NPY002 - the global stream is what is looked at
     try:
         torch.set_default_dtype(torch.float16)
         model = network(**settings).fit(x, y, dydx)
@@ -118,7 +118,7 @@ def test_global_state_is_untouched(solver: str) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
-    numpy_after: Any = np.random.get_state()  # noqa: NPY002
+    numpy_after: Any = np.random.get_state()  # noqa: NPY002 - the global stream is what is looked at
     np.testing.assert_array_equal(numpy_after[1], numpy_before[1])
     assert torch.get_num_threads() == threads
 
