@@ -2,7 +2,8 @@
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from gradwise._population import Population
 from gradwise._statistics import PopulationStatistics
 from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
 from gradwise_torch._batch_optimizer import BatchOptimizer
-from gradwise_torch._gradients import ClosureGradients
+from gradwise_torch._gradients import AddedGradients, ClosureGradients, MemberGradients
 from gradwise_torch._member_loop import MemberLoop
 
 __all__ = ["PopulationGradient"]
@@ -208,13 +209,35 @@ class PopulationGradient(BatchOptimizer):
         self._saw_member = False
         return loss
 
+    def _accumulate(self, closure: Callable[[], Any]) -> Any:
+        """`backward` for trainers that call backward themselves: one batch, the mean gradient added to ``.grad``.
+
+        `closure` neither zeroes gradients nor steps; clipping and ``step()`` come after. Every call has members of its
+        own until the next step.
+        """
+        self._check_not_by_hand("_accumulate")
+        self.end_member()
+        first = self._streams
+        self._streams += self.population.streams(self.population.size, paired=True)
+        self._saw_member = True
+        with self._members_of(closure, AddedGradients, first=first) as loop:
+            return loop()
+
     def _step_with(self, closure: Callable[[], Any]) -> Any:
+        with self._members_of(closure, ClosureGradients) as loop:
+            return self.inner_optimizer.step(loop)  # type: ignore[arg-type] - None, as a closure may
+
+    @contextmanager
+    def _members_of(
+        self, closure: Callable[[], Any], gradients: type[MemberGradients], *, first: int = 0
+    ) -> Iterator[MemberLoop]:
+        """One loop over the members that may be evaluated any number of times, and what it leaves in this object."""
         calls: list[tuple[Any, ...]] = []
         loop = MemberLoop(
             lambda *_: closure(),
-            self._perturbation(paired=True),
+            self._perturbation(first=first, paired=True),
             self._parameters(),
-            ClosureGradients,
+            gradients,
             sizes=[1] * self.population.size,
             masks="shared" if self._share_masks else "fresh",
             model=self.model,
@@ -225,7 +248,7 @@ class PopulationGradient(BatchOptimizer):
             if self._norm_statistics == "recalibrate" and self._event is not None:
                 self._event.record_calls(calls)
             try:
-                return self.inner_optimizer.step(loop)  # type: ignore[arg-type] - None, as a closure may
+                yield loop
             finally:
                 if self._event is not None:
                     self._event.record_calls(None)
