@@ -2,8 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -217,25 +216,21 @@ class PopulationGradient(BatchOptimizer):
         """
         self._check_not_by_hand("_accumulate")
         self.end_member()
-        first = self._streams
-        self._streams += self.population.streams(self.population.size, paired=True)
         self._saw_member = True
-        with self._members_of(closure, AddedGradients, first=first) as loop:
-            return loop()
+        members = self._closure_of_members(closure, AddedGradients)
+        self._streams += self.population.streams(self.population.size, paired=True)
+        return members()
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:
-        with self._members_of(closure, ClosureGradients) as loop:
-            return self.inner_optimizer.step(loop)  # type: ignore[arg-type] - None, as a closure may
+        members = self._closure_of_members(closure, ClosureGradients)
+        return self.inner_optimizer.step(members)
 
-    @contextmanager
-    def _members_of(
-        self, closure: Callable[[], Any], gradients: type[MemberGradients], *, first: int = 0
-    ) -> Iterator[MemberLoop]:
-        """One loop over the members that may be evaluated any number of times, and what it leaves in this object."""
+    def _closure_of_members(self, closure: Callable[[], Any], gradients: type[MemberGradients]) -> Callable[[], Any]:
+        """What evaluates `closure` at every member and leaves the mean gradient: the same function at every call."""
         calls: list[tuple[Any, ...]] = []
         loop = MemberLoop(
             lambda *_: closure(),
-            self._perturbation(first=first, paired=True),
+            self._perturbation(first=self._streams, paired=True),
             self._parameters(),
             gradients,
             sizes=[1] * self.population.size,
@@ -244,16 +239,22 @@ class PopulationGradient(BatchOptimizer):
             on_nonfinite=self._on_nonfinite,
             clean_forward=None if self._norm_statistics == "mean" else lambda: self._clean_forward(calls),
         )
-        with self._exclusively():
-            if self._norm_statistics == "recalibrate" and self._event is not None:
-                self._event.record_calls(calls)
-            try:
-                yield loop
-            finally:
-                if self._event is not None:
-                    self._event.record_calls(None)
-                self._record = loop.record
-                self._skipped += loop.skipped
+
+        def evaluate() -> Any:
+            skipped = loop.skipped
+            with self._exclusively():
+                if self._norm_statistics == "recalibrate" and self._event is not None:
+                    calls.clear()
+                    self._event.record_calls(calls)
+                try:
+                    return loop()
+                finally:
+                    if self._event is not None:
+                        self._event.record_calls(None)
+                    self._record = loop.record
+                    self._skipped += loop.skipped - skipped
+
+        return evaluate
 
     @torch.no_grad()
     def _clean_forward(self, calls: list[tuple[Any, ...]]) -> None:
