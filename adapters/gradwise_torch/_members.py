@@ -32,7 +32,6 @@ class MemberOptimizer(OptimizerWrapper):
         self._selection = Selection(model, perturb)
         self._weights = Weights()
         self._step = 0  # the second word of every noise key
-        self._in_loop = False  # whether the member in place is the unchanged loop's
         self._streams = 0  # of the noise, used since the last step
         self._saw_member = False
         self._awake()
@@ -82,12 +81,12 @@ class MemberOptimizer(OptimizerWrapper):
             raise ValueError(msg)
         self._check_not_by_hand("member")
         self.end_member()
-        self._enter(self._perturbation(paired=True), index)
-        try:
-            with self._exclusively():
+        with self._exclusively():
+            try:
+                self._enter(self._perturbation(paired=True), index)
                 yield
-        finally:
-            self._weights.leave()
+            finally:
+                self._weights.leave()
 
     @contextmanager
     def mean(self) -> Iterator[None]:
@@ -144,13 +143,11 @@ class MemberOptimizer(OptimizerWrapper):
         self.end_member()
         self._marks = _marks_of(self._parameters())
         self._enter(self._perturbation(paired=False), self._streams)
-        self._in_loop = True
         self._streams += 1
 
     def end_member(self) -> None:
         """Bring the mean back if the unchanged loop has a member in place."""
         if self._in_loop:
-            self._in_loop = False
             self._weights.leave()
 
     def mean_of(self, parameter: Tensor) -> Tensor | None:
@@ -158,6 +155,11 @@ class MemberOptimizer(OptimizerWrapper):
         return self._weights.mean_of(parameter)
 
     # -- small print ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _in_loop(self) -> bool:
+        """Whether the member in place is the unchanged loop's, or one that an interrupt has left behind."""
+        return self._weights.in_place and not self._by_hand
 
     def _before_state(self) -> None:
         self.end_member()
@@ -217,12 +219,13 @@ class MemberOptimizer(OptimizerWrapper):
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
         """Let nobody else move the weights of this optimizer: no hook, and no call of the user's."""
-        self._by_hand = True
         try:
+            self._by_hand = True
             with self._suspended_hooks():
                 yield
         finally:
             self._by_hand = False
+            self._weights.leave()  # again: a Ctrl-C may have come just as whoever entered was about to
 
     def _check_not_by_hand(self, name: str) -> None:
         if self._by_hand:

@@ -1,5 +1,6 @@
 """The perturbed tensors of one optimizer: the copy of their mean, the way out and the way back."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from gradwise_torch._probe import Probe
 
 __all__ = ["Entry", "Weights", "at_least_float32", "total_square"]
 
-_MOVED: set[int] = set()  # ids of all tensors that hold a member at the moment, whoever put it there
+_LIVING: "weakref.WeakSet[Weights]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,17 @@ class Weights:
     """Moves tensors to a member in place and back by copying, never by subtracting.
 
     Knows nothing of the optimizer that owns it, so that a finalizer can put the weights back when that one is gone.
+
+    A Ctrl-C may come between any two statements. `in_place` is therefore the only thing that says whether the tensors
+    are moved: set before the first of them moves, unset after the last is back. Meanwhile there are no marks, and
+    whoever comes next copies the mean back from the start.
     """
 
     def __init__(self) -> None:
         self.in_place = False
         self._parameters: list[Tensor] = []
         self._mean: list[Tensor] = []
-        self._marks: list[tuple[Any, ...]] = []
+        self._marks: list[tuple[Any, ...]] | None = None  # None while they move
 
     def scales(
         self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], population: Population, step: int
@@ -60,32 +65,39 @@ class Weights:
         else:
             self._begin(entries)
         try:
+            self._marks = None
             for parameter, mean, scale, noise in zip(self._parameters, self._mean, scales, noises, strict=True):
                 if scale is not None:
                     # A write that autograd's version counters see, unlike those to .data.
                     noise.move(parameter, mean, scale)
+            self.refresh()
         except BaseException:
             self._restore()
             raise
-        self.refresh()
 
     def _begin(self, entries: Sequence[Entry]) -> None:
-        if not _MOVED.isdisjoint(id(entry.parameter) for entry in entries):
+        moved = {id(parameter) for others in _LIVING if others.in_place for parameter in others._parameters}
+        if not moved.isdisjoint(id(entry.parameter) for entry in entries):
             msg = (
                 "a parameter is moved by another PopulationGradient already, whose member is still in place. Step or "
                 "zero_grad that one first, or wrap shared parameters once"
             )
             raise RuntimeError(msg)
         self._keep([entry.parameter for entry in entries])
+        self._marks = None
         self.in_place = True
 
     def leave(self) -> None:
         """Copy the mean back; an error, after that, if anybody else wrote to a tensor meanwhile."""
         if self.in_place:
-            self._check_untouched()
-            self._restore()
+            try:
+                self._check_untouched()
+            finally:
+                self._restore()
 
     def _check_untouched(self) -> None:
+        if self._marks is None:
+            return
         if any(_written(*pair) for pair in zip(self._parameters, self._marks, strict=True)):
             self._restore()
             msg = (
@@ -103,9 +115,8 @@ class Weights:
 
     def refresh(self) -> None:
         """Take the tensors as they are now as the member (after entering, after unpickling)."""
+        _LIVING.add(self)
         self._marks = [_mark_of(parameter) for parameter in self._parameters]
-        if self.in_place:
-            _MOVED.update(map(id, self._parameters))
         torch.clear_autocast_cache()  # autocast keeps half-precision copies of the weights
 
     def mean_of(self, tensor: Tensor) -> Tensor | None:
@@ -166,13 +177,21 @@ class Weights:
             for mean, parameter in zip(self._mean, parameters, strict=True):
                 mean.copy_(parameter)
 
-    @torch.no_grad()
     def _restore(self) -> None:
-        for parameter, mean in self._pairs():
-            parameter.copy_(mean)
-        self.in_place = False
-        _MOVED.difference_update(map(id, self._parameters))
-        torch.clear_autocast_cache()
+        try:
+            self._copy_back()
+        finally:
+            if self.in_place:  # interrupted
+                self._copy_back()
+
+    @torch.no_grad()
+    def _copy_back(self) -> None:
+        if self.in_place:
+            self._marks = None
+            for parameter, mean in self._pairs():
+                parameter.copy_(mean)
+            torch.clear_autocast_cache()
+            self.in_place = False
 
 
 def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
