@@ -16,6 +16,7 @@ from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
 from gradwise_torch._batch_optimizer import BatchOptimizer
 from gradwise_torch._gradients import AddedGradients, ClosureGradients, MemberGradients
 from gradwise_torch._member_loop import MemberLoop
+from gradwise_torch._trainer_closures import is_loop_body
 
 __all__ = ["PopulationGradient"]
 
@@ -40,6 +41,9 @@ class PopulationGradient(BatchOptimizer):
     **Closure**: ``step(closure)`` runs the closure once per member on one batch. **Batch** (`model` given):
     ``backward(loss_fn, *batch)`` fills ``.grad``, vectorised or with the batch sharded over the members; the fastest.
     **By hand**: ``with optimizer.member(i):``.
+
+    A Lightning module in automatic optimization is an unchanged loop: the closure that the Trainer passes to ``step`` is
+    its own, and runs once.
 
     Parameters
     ----------
@@ -197,6 +201,8 @@ class PopulationGradient(BatchOptimizer):
             if closure is None:
                 self._check_saw_member()
                 loss = scaled_step(self, self.inner_optimizer, self._parameters())
+            elif self.model is not None and is_loop_body(closure):
+                loss = self.inner_optimizer.step(self._body_of_loop(closure))
             else:
                 loss = self._step_with(closure)
         except BaseException:
@@ -220,6 +226,21 @@ class PopulationGradient(BatchOptimizer):
         members = self._closure_of_members(closure, AddedGradients)
         self._streams += self.population.streams(self.population.size, paired=True)
         return members()
+
+    def _body_of_loop(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A trainer's closure: its forward starts a member, the same one at every call, which ends with it."""
+        first = self._streams
+
+        def evaluate() -> Any:
+            self._streams = first
+            try:
+                loss = closure()
+            finally:
+                self.end_member()
+            self._check_saw_member()
+            return loss
+
+        return evaluate
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         members = self._closure_of_members(closure, ClosureGradients)
