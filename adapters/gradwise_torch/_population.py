@@ -214,16 +214,16 @@ class PopulationGradient(BatchOptimizer):
         self._saw_member = False
         return loss
 
-    def _accumulate(self, closure: Callable[[], Any]) -> Any:
+    def _accumulate(self, closure: Callable[[], Any], model: nn.Module) -> Any:
         """`backward` for trainers that call backward themselves: one batch, the mean gradient added to ``.grad``.
 
-        `closure` neither zeroes gradients nor steps; clipping and ``step()`` come after. Every call has members of its
-        own until the next step.
+        `closure` runs `model` (ours, or what the trainer has put around it: DDP), and neither zeroes gradients nor
+        steps; clipping and ``step()`` come after. Every call has members of its own until the next step.
         """
         self._check_not_by_hand("_accumulate")
         self.end_member()
         self._saw_member = True
-        members = self._closure_of_members(closure, AddedGradients)
+        members = self._closure_of_members(closure, AddedGradients, model)
         self._streams += self.population.streams(self.population.size, paired=True)
         return members()
 
@@ -246,7 +246,9 @@ class PopulationGradient(BatchOptimizer):
         members = self._closure_of_members(closure, ClosureGradients)
         return self.inner_optimizer.step(members)
 
-    def _closure_of_members(self, closure: Callable[[], Any], gradients: type[MemberGradients]) -> Callable[[], Any]:
+    def _closure_of_members(
+        self, closure: Callable[[], Any], gradients: type[MemberGradients], model: nn.Module | None = None
+    ) -> Callable[[], Any]:
         """What evaluates `closure` at every member and leaves the mean gradient: the same function at every call."""
         calls: list[tuple[Any, ...]] = []
         loop = MemberLoop(
@@ -256,7 +258,7 @@ class PopulationGradient(BatchOptimizer):
             gradients,
             sizes=[1] * self.population.size,
             masks="shared" if self._share_masks else "fresh",
-            model=self.model,
+            model=self.model if model is None else model,
             on_nonfinite=self._on_nonfinite,
             clean_forward=None if self._norm_statistics == "mean" else lambda: self._clean_forward(calls),
         )

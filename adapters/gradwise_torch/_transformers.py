@@ -152,4 +152,4 @@ class PopulationTrainerMixin(_Base):
         assert self.population is not None
         step = super().training_step
         # Each member gets a copy, because `compute_loss` takes the labels out of it.
-        return self.population._accumulate(lambda: step(model, copy.copy(inputs), num_items_in_batch))
+        return self.population._accumulate(lambda: step(model, copy.copy(inputs), num_items_in_batch), model)
