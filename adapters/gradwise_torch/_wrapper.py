@@ -1,6 +1,7 @@
 """An optimizer around another one: groups, state and checkpoints stay the inner optimizer's own."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -79,7 +80,8 @@ class OptimizerWrapper(Optimizer):
             {key: value for key, value in group.items() if not (key == "sigma" and callable(value))}
             for group in state["param_groups"]
         ]
-        groups[0].update({_PREFIX + name: value for name, value in self._counters().items()})
+        # int(): a seed may be numpy's, which `torch.load(weights_only=True)` would refuse.
+        groups[0].update({_PREFIX + name: int(value) for name, value in self._counters().items()})
         state = {**state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state)
@@ -87,7 +89,15 @@ class OptimizerWrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of the bare inner optimizer (the counters then stay as they are)."""
+        """Load a state of this class, or of the bare inner optimizer (the counters then stay as they are).
+
+        What is given at construction (population size, sigma, scale, noise) is in no state and stays as it is.
+
+        Raises
+        ------
+        ValueError
+            The counters of the state are damaged, or its groups are those of another model; nothing is loaded then.
+        """
         self._before_state()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -95,6 +105,7 @@ class OptimizerWrapper(Optimizer):
             state_dict = state_dict if result is None else result
         first, *rest = state_dict["param_groups"]
         counters = {key.removeprefix(_PREFIX): value for key, value in first.items() if key.startswith(_PREFIX)}
+        counters = _checked(counters, self._counters())
         first = {key: value for key, value in first.items() if not key.startswith(_PREFIX)}
         sigmas = [group.get("sigma") for group in self.param_groups]
         self.inner_optimizer.load_state_dict({**state_dict, "param_groups": [first, *rest]})
@@ -113,3 +124,22 @@ class OptimizerWrapper(Optimizer):
 
     def _set_counters(self, counters: dict[str, int]) -> None:
         raise NotImplementedError
+
+
+def _checked(counters: dict[str, Any], own: Iterable[str]) -> dict[str, int]:
+    """The counters of a state, which are all of one's own or none."""
+    if counters and set(counters) != set(own):
+        wanted, got = ([_PREFIX + name for name in sorted(names)] for names in (own, counters))
+        msg = (
+            f"`state_dict` must have {wanted} in its first group, or none of them; got {got}. It is damaged, or of "
+            "another version of gradwise; with all of them deleted, the inner optimizer's state can still be loaded"
+        )
+        raise ValueError(msg)
+    for name, value in counters.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+            msg = (
+                f"`{_PREFIX}{name}` in the first group of `state_dict` must be an integer from 0 to 2**64 - 1; got "
+                f"{value!r}. The state is damaged: load another checkpoint"
+            )
+            raise ValueError(msg)
+    return counters
