@@ -95,8 +95,13 @@ class FittedNetwork(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def save(self, path: str | PathLike[str]) -> None:
         """Write parameters and weights to a file that `load` reads without executing anything in it.
 
+        The file takes its name only when it is complete: a full disk, an exception or a killed process leaves what was
+        there before.
+
         Raises
         ------
+        OSError
+            The disk is full, or the folder cannot be written to.
         NotFittedError
             If `fit` has not been called.
         TypeError

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from gradwise import __version__
+from gradwise._files import written_whole
 from gradwise._scaling import DerivativeScaler
 from gradwise_torch._mlp_network import Architecture
 
@@ -17,7 +18,7 @@ _SCALER = ("x_mean_", "x_scale_", "y_mean_", "y_scale_")
 
 
 def write(path: str | PathLike[str], parameters: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write an estimator's parameters and fitted attributes.
+    """Write an estimator's parameters and fitted attributes; `path` is whole afterwards, or what it was before.
 
     Raises
     ------
@@ -27,7 +28,8 @@ def write(path: str | PathLike[str], parameters: dict[str, Any], state: dict[str
     content: dict[str, Any] = {"format": _FORMAT, "version": __version__}
     content["parameters"] = {name: _plain(name, value) for name, value in parameters.items()}
     content["state"] = {name: _encode(name, value) for name, value in state.items()}
-    torch.save(content, path)
+    with written_whole(path) as file:
+        torch.save(content, file)
 
 
 def read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradwise._capacity_training import Job, Training
+from gradwise._files import append_whole, written_whole
 
 __all__ = ["Journal"]
 
@@ -18,7 +19,7 @@ class Journal:
     """Trainings by job, kept in a file if there is one.
 
     The first line says which data and settings the file belongs to, each other line is one training. A last line
-    without its end, which a killed process leaves, is cut off.
+    without its end, which a killed process leaves, is cut off. A full disk leaves whole lines only.
 
     Parameters
     ----------
@@ -51,7 +52,8 @@ class Journal:
                 msg = f"`resume` must be a new file or one of a capacity study; got {str(path)!r}, which is another"
                 raise ValueError(msg)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(header) + "\n")
+            with written_whole(self._path) as file:
+                file.write(json.dumps(header).encode() + b"\n")
             return
         lines = whole.splitlines()
         first = _parsed(lines[0], path)
@@ -79,13 +81,14 @@ class Journal:
         entries = list(entries)
         self.trainings.update(entries)
         if self._path is not None:
-            with self._path.open("a") as file:
-                for job, training in entries:
-                    values = asdict(job) | asdict(training)
-                    # JSON knows neither infinity nor NaN.
-                    for name in ("error", "derivative_error"):
-                        values[name] = values[name] if math.isfinite(values[name]) else repr(values[name])
-                    file.write(json.dumps(values) + "\n")
+            append_whole(self._path, "".join(_line(job, training) for job, training in entries).encode())
+
+
+def _line(job: Job, training: Training) -> str:
+    values = asdict(job) | asdict(training)
+    for name in ("error", "derivative_error"):  # JSON knows neither infinity nor NaN
+        values[name] = values[name] if math.isfinite(values[name]) else repr(values[name])
+    return json.dumps(values) + "\n"
 
 
 def _parsed(line: bytes, path: Any) -> dict[str, Any]:
