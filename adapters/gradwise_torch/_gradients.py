@@ -1,6 +1,6 @@
 """Gradients of a loss that is evaluated once per member but should accumulate once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,28 @@ from gradwise_torch._weights import at_least_float32, total_square
 __all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
 
 
-class MemberGradients:
-    """Averages the members' gradients; how ``.grad`` looks before and after is for the two kinds of it to say."""
+Accumulate = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 
-    def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
+
+class MemberGradients:
+    """Averages the members' gradients; how ``.grad`` looks before and after is for the two kinds of it to say.
+
+    Parameters
+    ----------
+    parameters : sequence of Tensor
+        Those whose gradients are averaged.
+    probe : Probe
+        What squared norms look at.
+    accumulate : callable
+        ``accumulate(parameters, gradients)`` adds the mean to ``.grad`` (`add_gradients`, or together with other
+        processes).
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], probe: Probe, accumulate: Accumulate) -> None:
         self.accumulated = False  # whether a member's gradient may hold what was there before the members
         self._parameters = parameters
         self._probe = probe
+        self._accumulate = accumulate
         self._given = [parameter.grad for parameter in parameters]
         self._mean: list[Tensor | None] = []
 
@@ -47,7 +62,14 @@ class MemberGradients:
         return gradient.clone()  # the next member may write to the same storage
 
     def finish(self) -> Tensor:
-        """Leave the result in ``.grad``; return the squared norm of the mean."""
+        """Leave the result in ``.grad``; return the squared norm of the members' mean."""
+        norm = square_norm(self._mean, self._probe)  # first: the tensors may become those in .grad
+        self._make_room()
+        self._accumulate(self._parameters, self._mean)
+        return norm
+
+    def _make_room(self) -> None:
+        """Put ``.grad`` to what the mean is added to."""
         raise NotImplementedError
 
 
@@ -59,8 +81,8 @@ class ClosureGradients(MemberGradients):
     gradients' storage.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
-        super().__init__(parameters, probe)
+    def __init__(self, parameters: Sequence[Tensor], probe: Probe, accumulate: Accumulate) -> None:
+        super().__init__(parameters, probe, accumulate)
         self._start = [None if gradient is None else gradient.detach().clone() for gradient in self._given]
 
     def rewind(self) -> None:
@@ -76,9 +98,10 @@ class ClosureGradients(MemberGradients):
         self.rewind()
 
     def changed(self) -> bool:
-        """Whether the closure has made anything of the gradients."""
+        """Whether the closure has made any gradient; one that only dropped them has not (a step that is skipped)."""
         return any(
-            parameter.grad is not given or (given is not None and start is not None and not torch.equal(given, start))
+            parameter.grad is not None
+            and (parameter.grad is not given or (start is not None and not torch.equal(parameter.grad, start)))
             for parameter, given, start in zip(self._parameters, self._given, self._start, strict=True)
         )
 
@@ -91,21 +114,21 @@ class ClosureGradients(MemberGradients):
             self._start = [start if own else None for start, own in zip(self._start, kept, strict=True)]
         return super().collect(fraction)
 
-    def finish(self) -> Tensor:
-        """Leave the mean in ``.grad``, in the same storage where it still is."""
-        for parameter, given, mean in zip(self._parameters, self._given, self._mean, strict=True):
-            if given is not None and parameter.grad is given and mean is not None:
-                given.copy_(mean)
+    @torch.no_grad()
+    def _make_room(self) -> None:
+        """Nothing: what was there is in the mean already. The storage stays where a member has left it in place."""
+        for parameter, given in zip(self._parameters, self._given, strict=True):
+            if given is not None and parameter.grad is given:
+                given.zero_()
             else:
-                parameter.grad = mean
-        return square_norm(self._mean, self._probe)
+                parameter.grad = None
 
 
 class AddedGradients(MemberGradients):
     """Gives every member an empty ``.grad`` and in the end adds the mean to what was there, as one backward does."""
 
-    def __init__(self, parameters: Sequence[Tensor], probe: Probe) -> None:
-        super().__init__([], probe)
+    def __init__(self, parameters: Sequence[Tensor], probe: Probe, accumulate: Accumulate) -> None:
+        super().__init__([], probe, accumulate)
         self._start: list[Tensor | None] = []
         self.include(parameters)
 
@@ -137,11 +160,9 @@ class AddedGradients(MemberGradients):
     def _kept(self, gradient: Tensor) -> Tensor:
         return gradient.clone() if is_view(gradient) else gradient
 
-    def finish(self) -> Tensor:
-        """Leave ``what was there + mean`` in ``.grad``."""
+    def _make_room(self) -> None:
+        """What was there before."""
         self.restore()
-        add_gradients(self._parameters, self._mean)
-        return square_norm(self._mean, self._probe)
 
 
 @torch.no_grad()

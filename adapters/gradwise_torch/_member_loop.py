@@ -12,6 +12,7 @@ from gradwise_torch._buffers import MemberBuffers
 from gradwise_torch._gradients import ClosureGradients, MemberGradients
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._random import RandomStreams
+from gradwise_torch._reduction import Reduction
 from gradwise_torch._statistics import MemberRecord
 
 __all__ = ["Loss", "MemberLoop", "all_finite", "as_scalar"]
@@ -41,7 +42,7 @@ class MemberLoop:
         Random streams of the model: rewound for every member; started afresh for every one but the first, whose end
         they are left at; or simply used up (members with batches of their own).
     model : nn.Module or None
-        Its buffers count once.
+        Its buffers count once; its gradients are reduced once.
     on_nonfinite : {"raise", "skip"}
         What a loss that is not finite does.
     clean_forward : callable or None
@@ -83,11 +84,14 @@ class MemberLoop:
     @torch.no_grad()
     def __call__(self) -> Loss | None:
         """One evaluation: the mean of the members' losses, with the mean of their gradients in ``.grad``."""
-        gradients = self._gradients(self._parameters, self._probe)
+        reduction = Reduction(self._model)
+        reduction.begin()
+        gradients = self._gradients(self._parameters, self._probe, reduction.accumulate)
         buffers = MemberBuffers(self._model)
         try:
             try:
-                loss = self._run(gradients, buffers)
+                with reduction.apart():
+                    loss = self._run(gradients, buffers)
             finally:
                 self._perturbation.leave()
             if loss is not None:
@@ -156,7 +160,7 @@ class MemberLoop:
             self._clean_forward()
         if self._start is not None or self._clean_forward is not None:
             end.rewind()
-        mean_square_norm = gradients.finish()  # last: nothing can fail any more
+        mean_square_norm = gradients.finish()  # last: nothing else can fail any more
         if not gradients.accumulated:  # else what was in .grad before is in every member's gradient too
             self.record.mean_square_norm = mean_square_norm
 

@@ -294,7 +294,13 @@ class PopulationGradient(BatchOptimizer):
 
     @property
     def statistics(self) -> PopulationStatistics:
-        """What the members of the last step said; reading it syncs with the device."""
+        """What the members of the last step said; reading it syncs with the device.
+
+        On several machines: what this process's own members said, before DistributedDataParallel averages anything.
+        Average it over the processes yourself for a log; `skipped` is the same in all of them. Where every member is
+        reduced (sharded models, the first step of ``static_graph=True``, a DDP wrapper that `model` is not or does not
+        hold), `agreement` and `sharpness` are those of gradients that are averages over the processes already.
+        """
         return self._record.read(skipped=self._skipped)
 
     def _check_saw_member(self) -> None:

@@ -1,0 +1,112 @@
+"""One reduction for all members of a step, where the model is in DistributedDataParallel.
+
+DDP averages over the processes whatever a backward pass leaves in ``.grad``, if a forward of its own came before. With
+members that would be once per member. So they all run in ``no_sync``, in this process alone, and when their mean is
+known it goes through one more forward and backward of DDP, whose graph is nothing but the parameters. What DDP averages
+is then exactly what one plain backward pass would have left: the mean of the members, added to what was in ``.grad``.
+
+Why not let the last member's own backward reduce, with gradient hooks that make its gradient the mean? It would have to
+be known as the last beforehand (a member whose loss is not finite may be dropped), and a parameter that it does not use
+(a branch not taken) has no hook that runs. The price is that this reduction does not overlap with a backward pass.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradwise_torch._gradients import add_gradients
+
+__all__ = ["Reduction"]
+
+
+class Reduction:
+    """What the DDP wrappers in a model do for one evaluation of all members; nothing where there is none.
+
+    Whether they reduce in the end is theirs to say: inside of the user's own ``no_sync`` they do not.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+        What the members' forwards go through.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        modules: Any = () if model is None else model.modules()
+        self._wrappers = [m for m in modules if isinstance(m, DistributedDataParallel) and _knows_its_graph(m)]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Broadcast the buffers, where DDP would at its next forward: all members then start from the same ones."""
+        with self.apart():  # what else DDP says to other processes at a forward (`Join`) is that none is to reduce yet
+            for wrapper in self._wrappers:
+                _forward(wrapper, tuple)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Forwards and backwards concern this process alone."""
+        with ExitStack() as stack:
+            for wrapper in self._wrappers:
+                stack.enter_context(wrapper.no_sync())
+            yield
+
+    def accumulate(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Add to ``.grad`` as one backward pass does, which DDP follows by averaging all of ``.grad``; outside `apart`.
+
+        Parameters
+        ----------
+        parameters : sequence of Tensor
+        gradients : sequence of Tensor or None
+            One for each; None where no member had any. The tensors may become those in ``.grad``.
+        """
+        left = {id(p): (p, gradient) for p, gradient in zip(parameters, gradients, strict=True)}
+        for wrapper in self._wrappers:
+            pairs = [left.pop(id(p), (p, _nothing_new(p))) for p in wrapper.parameters() if p.requires_grad]
+            arrived = [(p, gradient) for p, gradient in pairs if gradient is not None]
+            if arrived:
+                _backward(wrapper, *map(list, zip(*arrived, strict=True)))
+        add_gradients(*map(list, zip(*left.values(), strict=True)) if left else ([], []))
+
+
+def _knows_its_graph(wrapper: DistributedDataParallel) -> bool:
+    """Whether DDP can go without a reduction: with ``static_graph``, it studies the graph in the first one it does."""
+    return not wrapper.static_graph or getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True)
+
+
+def _nothing_new(parameter: Tensor) -> Tensor | None:
+    """For a parameter of somebody else's, whose ``.grad`` the members have added to: DDP waits for all of them."""
+    return None if parameter.grad is None else parameter.new_zeros(()).expand_as(parameter)
+
+
+def _backward(wrapper: DistributedDataParallel, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    with torch.enable_grad(), _without_hooks(parameters):
+        # In the order of a backward pass: later nodes run first.
+        outputs = _forward(wrapper, lambda: [parameter.expand_as(parameter) for parameter in parameters])
+        torch.autograd.backward(outputs, gradients)
+
+
+def _forward(wrapper: DistributedDataParallel, function: Callable[[], Any]) -> Any:
+    """DDP's forward around something else than its module.
+
+    In the two halves that torch's own `replicate` calls too; an `nn.Module` put in the place of ``wrapper.module`` for
+    a moment would do with the public half, and be seen by whoever saves a checkpoint meanwhile.
+    """
+    wrapper._pre_forward()
+    return wrapper._post_forward(function())
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradient hooks of the user's (masks, factors) have run for every member; once more would be once too often."""
+    dictionaries: list[Any] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(hooks) for hooks in dictionaries]
+    try:
+        for hooks in dictionaries:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in zip(dictionaries, kept, strict=True):
+            hooks.update(before)
