@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradwise_torch._shards import local_of
+
 __all__ = ["loss_scaling", "scaled_step"]
 
 _ATTRIBUTES = ("grad_scale", "found_inf")
@@ -52,4 +54,5 @@ def _unscale(scale: Tensor, parameters: Iterable[Tensor]) -> None:
                 "Attempting to unscale FP16 gradients: a GradScaler needs float32 parameters, with autocast around them"
             )
             raise ValueError(msg)
-        parameter.grad.mul_(inverse.to(parameter.grad.device))
+        gradient = local_of(parameter.grad)
+        gradient.mul_(inverse.to(gradient.device))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradwise._noise import GRAIN, Window, noise_table
+from gradwise_torch._shards import Shard
 
 __all__ = ["Noise", "StackedNoise"]
 
@@ -38,6 +39,22 @@ class Noise:
         table = noise_on(distribution, like.device)
         self._shape = like.shape
         self._parts = [(table[offset : offset + length], sign) for offset, length, sign in windows]
+
+    @classmethod
+    def of_shard(cls, distribution: str, windows: Sequence[Window], like: Tensor, shard: Shard) -> "Noise":
+        """The part for `like`, a shard, of the noise of the whole tensor, to which the windows belong.
+
+        Parts that are in one piece in the whole are windows again. Others are gathered, with the whole for a moment.
+        """
+        if shard.span is not None:
+            return cls(distribution, _cut(windows, *shard.span), like)
+        noise = cls(distribution, windows, like)
+        noise._shape = torch.Size(shard.shape)
+        one = len(noise._parts) == 1
+        whole, sign = (noise._parts[0][0].view(shard.shape), noise._parts[0][1]) if one else (noise.gathered(), 1)
+        noise._shape = like.shape
+        noise._parts = [(shard.cut(whole).reshape(-1), sign)]
+        return noise
 
     def gathered(self) -> Tensor:
         """The noise itself, in float32."""
@@ -71,6 +88,18 @@ class Noise:
             return torch.dot(part, flat) if flat.dtype == torch.float32 else _wide_dot(part, flat), sign
         whole = self.gathered().view(-1)
         return _wide_dot(whole[span], flat[span]), 1
+
+
+def _cut(windows: Sequence[Window], start: int, stop: int) -> list[Window]:
+    """The windows of the numbers from `start` to `stop`."""
+    parts: list[Window] = []
+    begin = 0
+    for offset, length, sign in windows:
+        first, last = max(start, begin), min(stop, begin + length)
+        if first < last:
+            parts.append((offset + first - begin, last - first, sign))
+        begin += length
+    return parts
 
 
 class StackedNoise(NamedTuple):

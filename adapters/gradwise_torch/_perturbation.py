@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradwise._noise import Window
 from gradwise._population import Population
+from gradwise_torch._fsdp import Gathered
 from gradwise_torch._noise import Noise, StackedNoise
 from gradwise_torch._probe import Probe
+from gradwise_torch._shards import local_of
 from gradwise_torch._weights import Entry, Weights
 
-__all__ = ["Perturbation", "process_rank"]
+__all__ = ["Perturbation"]
 
 
 class Perturbation:
@@ -34,6 +35,10 @@ class Perturbation:
         The stream of the first member; those before it have been used in this step.
     paired : bool
         Whether members share a batch, so that antithetic ones may be pairs.
+    rank : int
+        The word of the keys that tells the members of processes apart (`member_group`).
+    gathered : Gathered
+        What must be gathered again when the weights have moved.
     """
 
     def __init__(
@@ -46,13 +51,16 @@ class Perturbation:
         step: int,
         first: int = 0,
         paired: bool,
+        rank: int,
+        gathered: Gathered,
     ) -> None:
         self.entries = entries
         self.scales = weights.scales(entries, groups, population, step)
         self._weights = weights
         self._population = population
         self._step = step
-        self._rank = process_rank()
+        self._rank = rank
+        self._gathered = gathered
         self._paired = paired
         self._first = first * (2 if paired and population.antithetic else 1)
         self._noises: list[Noise] = []
@@ -78,10 +86,18 @@ class Perturbation:
 
     def enter(self, member: int) -> None:
         """Move the weights to a member, from the mean or from another member."""
-        noise = self._population.noise
         own = range(member, member + 1)
-        self._noises = [Noise(noise, self._windows(entry, own)[0], entry.parameter) for entry in self.entries]
-        self._weights.enter(self.entries, self.scales, self._noises)
+        self._noises = [self._noise(entry, self._windows(entry, own)[0]) for entry in self.entries]
+        self._weights.enter(self.entries, self.scales, self._noises, self._gathered)
+
+    def _noise(self, entry: Entry, windows: Sequence[Window]) -> Noise:
+        if entry.shard is None:
+            return Noise(self._population.noise, windows, entry.parameter)
+        return Noise.of_shard(self._population.noise, windows, local_of(entry.parameter), entry.shard)
+
+    def check_reduced(self) -> None:
+        """Raise if the gradients of the members would not be reduced one by one."""
+        self._gathered.check_reduced()
 
     def leave(self) -> None:
         """Bring the mean back."""
@@ -106,9 +122,3 @@ class Perturbation:
     def _seed(self, stream: int) -> int:
         beyond = max((entry.index for entry in self.entries), default=-1) + 1  # a tensor that there is not
         return self._population.device_seed(step=self._step, stream=stream, tensor=beyond, rank=self._rank)
-
-
-def process_rank() -> int:
-    """The word of the noise keys that tells this process from others."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

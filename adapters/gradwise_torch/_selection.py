@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gradwise_torch._fsdp import Gathered, refuse_flat_parameters
+from gradwise_torch._member_groups import member_group
+from gradwise_torch._shards import Shard, is_dtensor
 from gradwise_torch._weights import Entry
 
 __all__ = ["Selection"]
@@ -23,10 +26,19 @@ class Selection:
     perturb : callable or None
         ``perturb(name, parameter) -> bool``; the default is "at least two dimensions". Whatever it says, frozen,
         integer, sparse and quantised parameters stay as they are.
+
+    Attributes
+    ----------
+    rank : int
+        Which member this process has among all processes: see `member_group`.
+    gathered : Gathered
+        What FSDP modules keep of the parameters.
     """
 
     def __init__(self, model: nn.Module | None, perturb: Callable[[str, Tensor], bool] | None) -> None:
         self.model = model
+        self.rank = 0
+        self.gathered = Gathered(None)
         self._perturb = perturb
         self._names: dict[int, str] = {}  # by id; a parameter that has left the model keeps its name
         self._seen: list[tuple[int, bool, bool]] | None = None
@@ -46,6 +58,7 @@ class Selection:
     def forget(self) -> None:
         """Look everything up again: ids mean nothing after unpickling."""
         self._names, self._seen, self._sparse = {}, None, set()
+        self.gathered = Gathered(None)
 
     def exclude_sparse(self, parameters: list[Tensor]) -> None:
         """Leave out tensors whose gradients turned out to be sparse: dense noise would undo what sparsity is for."""
@@ -55,6 +68,7 @@ class Selection:
             self._seen = None
 
     def _select(self, groups: list[dict[str, Any]]) -> list[Entry]:
+        self._look_around([parameter for group in groups for parameter in group["params"]])
         if self.model is not None:
             self._names |= {id(p): name for name, p in self.model.named_parameters()}
         special = self._special_embeddings()
@@ -66,7 +80,7 @@ class Selection:
             if not self._wanted(name, parameter, special):
                 continue
             if self.model is None or id(parameter) in self._names:
-                entries.append(Entry(index, g, parameter))
+                entries.append(Entry(index, g, parameter, Shard.of(name, parameter)))
             else:
                 foreign.append(name)
         if foreign and self._strict:
@@ -79,6 +93,24 @@ class Selection:
         self._strict = False  # a parameter that is foreign later may be about to join the model
         self._complete = not foreign
         return entries
+
+    def _look_around(self, parameters: list[Tensor]) -> None:
+        """See how the parameters are spread over processes."""
+        refuse_flat_parameters(self.model, parameters)
+        if self.model is None:
+            if any(map(is_dtensor, parameters)):
+                msg = (
+                    "`model` must be given to PopulationGradient where parameters are DTensors: what fully_shard has "
+                    "gathered of them is stale as soon as they move. Pass the outermost module"
+                )
+                raise ValueError(msg)
+            self.rank = member_group(parameters)
+            return
+        self.gathered = Gathered(self.model)
+        self.gathered.check_before_member()
+        self.gathered.drop()  # or the model shows other tensors than the optimizer has
+        self.gathered.watch(self.model, parameters)
+        self.rank = member_group([*parameters, *self.model.parameters()])
 
     def _wanted(self, name: str, parameter: Tensor, special: dict[int, str]) -> bool:
         if is_lazy(parameter) or not parameter.is_floating_point() or not parameter.requires_grad:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from gradwise._population import Population, check_sigma
+from gradwise_torch._fsdp import Gathered
 from gradwise_torch._noise import Noise
 from gradwise_torch._probe import Probe
+from gradwise_torch._shards import Shard, dtensor_of, local_of, shards_of, whole_scales
 
 __all__ = ["Entry", "Weights", "at_least_float32", "total_square"]
 
@@ -19,11 +21,12 @@ _LIVING: "weakref.WeakSet[Weights]" = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Entry:
-    """One perturbed tensor: its index over all groups (its noise key), its group's index and itself."""
+    """One perturbed tensor: its index over all groups (its noise key), its group's index, itself, its part here."""
 
     index: int
     group: int  # not the dict, which load_state_dict replaces
     parameter: Tensor
+    shard: Shard | None = None  # of a DTensor
 
 
 class Weights:
@@ -40,7 +43,8 @@ class Weights:
         self.in_place = False
         self._parameters: list[Tensor] = []
         self._mean: list[Tensor] = []
-        self._marks: list[tuple[Any, ...]] | None = None  # None while they move
+        self._gathered = Gathered(None)
+        self._marks: list[tuple[Any, ...] | None] | None = None  # None while they move
 
     def scales(
         self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], population: Population, step: int
@@ -51,26 +55,37 @@ class Weights:
         for entry in entries:
             scale: Any = None
             if sigmas[entry.group]:  # 0 is 0 whatever the weights: 0 * sqrt(mean(w^2)) is NaN for weights not finite
-                weights = at_least_float32(entry.parameter.detach())
+                weights = at_least_float32(local_of(entry.parameter).detach())
                 scale = population.scale_of(weights, sigma=sigmas[entry.group], xp=torch)
                 scale = scale if isinstance(scale, Tensor) else weights.new_tensor(scale)
             scales.append(scale)
-        return scales
+        shards = [entry.shard for entry in entries]
+        return whole_scales(scales, shards, population) if any(shards) else scales
 
     @torch.no_grad()
-    def enter(self, entries: Sequence[Entry], scales: Sequence[Tensor | None], noises: Sequence[Noise]) -> None:
+    def enter(
+        self,
+        entries: Sequence[Entry],
+        scales: Sequence[Tensor | None],
+        noises: Sequence[Noise],
+        gathered: Gathered,
+    ) -> None:
         """Move every entry to ``mean + scale * noise``, having kept a copy of the mean; from one member to the next."""
+        gathered.check_before_member()
         if self.in_place:
             self._check_untouched()
         else:
             self._begin(entries)
         try:
+            self._gathered = gathered
             self._marks = None
             for parameter, mean, scale, noise in zip(self._parameters, self._mean, scales, noises, strict=True):
                 if scale is not None:
                     # A write that autograd's version counters see, unlike those to .data.
-                    noise.move(parameter, mean, scale)
+                    noise.move(local_of(parameter), mean, scale)
             self.refresh()
+            gathered.outdate()
+            gathered.check_after_drop()
         except BaseException:
             self._restore()
             raise
@@ -120,11 +135,11 @@ class Weights:
         torch.clear_autocast_cache()  # autocast keeps half-precision copies of the weights
 
     def mean_of(self, tensor: Tensor) -> Tensor | None:
-        """The kept mean of `tensor`, or None if it is not perturbed at the moment."""
+        """The kept mean of `tensor`, a DTensor if that is one, or None if it is not perturbed at the moment."""
         if self.in_place:
-            for parameter, mean in self._pairs():
+            for parameter, mean in zip(self._parameters, self._mean, strict=True):
                 if parameter is tensor:
-                    return mean
+                    return dtensor_of(mean, tensor)
         return None
 
     def slope(self, scales: Sequence[Tensor | None], noises: Sequence[Noise], probe: Probe) -> Tensor:
@@ -133,14 +148,14 @@ class Weights:
         sizes: list[Tensor] = []
         factors: list[float] = []
         for parameter, scale, noise in zip(self._parameters, scales, noises, strict=True):
-            gradient = parameter.grad
-            if scale is None or gradient is None or gradient.layout != torch.strided:
+            if scale is None or parameter.grad is None or parameter.grad.layout != torch.strided:
                 continue
+            gradient = local_of(parameter.grad)
             span = probe.span(gradient.numel())
             dot, sign = noise.dot(gradient if scale.ndim == 0 else gradient * scale, span)
             dots.append(dot)
             sizes.append(scale if scale.ndim == 0 else scale.new_ones(()))
-            factors.append(sign * probe.factor(gradient.numel()))
+            factors.append(sign * probe.factor(gradient.numel()) * shards_of(parameter))
         return weighted_total(dots, factors, sizes)
 
     @torch.no_grad()
@@ -149,33 +164,32 @@ class Weights:
         norms: list[Tensor] = []
         sizes: list[Tensor] = []
         factors: list[float] = []
-        for (parameter, mean), scale, noise in zip(self._pairs(), scales, noises, strict=True):
+        for whole, mean, scale, noise in zip(self._parameters, self._mean, scales, noises, strict=True):
             if scale is None:
                 continue
+            parameter = local_of(whole)
             part = at_least_float32(probe.part(mean))
             if scale.ndim or parameter.element_size() < 4:  # as stored: rounding may swallow a perturbation
                 norms.append(torch.dist(at_least_float32(probe.part(parameter.detach())), part))
             else:
                 norms.append(noise.norm(probe.span(mean.numel())) * scale)
             sizes.append(torch.linalg.vector_norm(part))
-            factors.append(probe.factor(mean.numel()))
+            factors.append(probe.factor(mean.numel()) * shards_of(whole))
         return torch.stack([total_square(group, factors).float() for group in (norms, sizes)])
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self._parameters, self._mean, strict=True))
-
     def _keep(self, parameters: list[Tensor]) -> None:
-        same = len(parameters) == len(self._mean) and all(
+        here = [local_of(parameter) for parameter in parameters]
+        same = len(here) == len(self._mean) and all(
             p.shape == m.shape and p.dtype == m.dtype and p.device == m.device
-            for p, m in zip(parameters, self._mean, strict=True)
+            for p, m in zip(here, self._mean, strict=True)
         )
         self._parameters = parameters
         if not same:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
-                self._mean = [parameter.detach().clone() for parameter in parameters]
+                self._mean = [tensor.detach().clone() for tensor in here]
         else:
-            for mean, parameter in zip(self._mean, parameters, strict=True):
-                mean.copy_(parameter)
+            for mean, tensor in zip(self._mean, here, strict=True):
+                mean.copy_(tensor)
 
     def _restore(self) -> None:
         try:
@@ -188,18 +202,25 @@ class Weights:
     def _copy_back(self) -> None:
         if self.in_place:
             self._marks = None
-            for parameter, mean in self._pairs():
-                parameter.copy_(mean)
+            for parameter, mean in zip(self._parameters, self._mean, strict=True):
+                local_of(parameter).copy_(mean)
             torch.clear_autocast_cache()
+            self._gathered.outdate()
             self.in_place = False
 
 
-def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
+def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device] | None:
+    parameter = local_of(parameter)
+    if not parameter.numel():
+        return None  # FSDP replaces empty shards by others
     return parameter._version, parameter.data_ptr(), parameter.dtype, parameter.device
 
 
-def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device]) -> bool:
+def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device] | None) -> bool:
     """Whether somebody wrote to a tensor: in place, or to its .data, unless that was a change of dtype or device."""
+    if mark is None:
+        return False
+    parameter = local_of(parameter)
     version, address, *kind = mark
     converted = [parameter.dtype, parameter.device] != kind
     return parameter._version != version or (parameter.data_ptr() != address and not converted)

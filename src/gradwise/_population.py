@@ -132,10 +132,33 @@ class Population:
         if self.scale == "rms" or ndim == 0:
             flat = xp.reshape(weights, (-1,))  # keras.ops' norm on TensorFlow knows two axes at most
             return size * (xp.linalg.norm(flat) / math.sqrt(max(1, math.prod(weights.shape))))
-        axes = tuple(axis for axis in range(ndim) if axis != filter_axis % ndim)
+        axes = self.averaged_axes(ndim, filter_axis=filter_axis)
         if not axes:  # one weight per filter; an empty tuple of axes means "all of them" to torch
             return size * xp.abs(weights)
         return size * xp.sqrt(xp.mean(xp.square(weights), axis=axes, keepdims=True))
+
+    def averaged_axes(self, ndim: int, *, filter_axis: int = 0) -> tuple[int, ...]:
+        """Axes of a tensor over which its scale is an average: the square of the scale is a mean of squares over them.
+
+        So a part of a tensor that has all of these axes as a whole has the scale of the tensor; where they are divided
+        between parts, the square of the whole's scale is the mean of the squares of the parts' scales, each counting
+        as much as it has of the numbers along these axes.
+
+        Parameters
+        ----------
+        ndim : int
+            How many axes the tensor has.
+        filter_axis : int
+            See `scale_of`.
+
+        Returns
+        -------
+        tuple of int
+            None of them for ``scale="absolute"``.
+        """
+        if self.scale == "absolute":
+            return ()
+        return tuple(axis for axis in range(ndim) if self.scale == "rms" or axis != filter_axis % ndim)
 
     def stream_of(self, member: int, *, paired: bool = True) -> tuple[int, int]:
         """Noise stream of a member and the sign it is used with.
