@@ -28,6 +28,7 @@ from gradwise_torch._linearize import Linearization, Model, count_outputs, linea
 from gradwise_torch._matching_goals import Targets
 from gradwise_torch._matching_scales import MatchingScales, processes
 from gradwise_torch._projections import draw_outputs
+from gradwise_torch._sharded_models import sharded_modules, taking_derivatives
 from gradwise_torch._traps import check_first_call
 from gradwise_torch._traps_offset import still_watching, watch_offset
 
@@ -135,8 +136,12 @@ class DerivativeLoss(nn.Module):
         single = y.ndim <= 1 or y.numel() == y.shape[0]
         n_outputs = 1 if single else count_outputs(y, wrt)
         probes: list[Tensor] | None = [] if call.training and not self._checked else None
-        linearization = Linearization(wrt, y, y, create_graph=call.training, keep_graph=True, probes=probes)
-        return self._finish(call, self._evaluate(call, linearization, targets, n_outputs, sign))
+        sharded = sharded_modules(y)
+        linearization = Linearization(
+            wrt, y, y, create_graph=call.training, keep_graph=True, probes=probes, sharded=sharded
+        )
+        with taking_derivatives(sharded):
+            return self._finish(call, self._evaluate(call, linearization, targets, n_outputs, sign))
 
     def _begin(self) -> _Call:
         training = self.training and torch.is_grad_enabled()

@@ -6,6 +6,7 @@ from torch import Tensor
 from gradwise_torch._autograd_graph import graph_leaves
 from gradwise_torch._double_backward import not_differentiable
 from gradwise_torch._linearize import Linearization
+from gradwise_torch._sharded_models import before_forward, gather_before
 
 __all__ = ["hessian_products"]
 
@@ -70,11 +71,15 @@ def _derivative_along(linearization: Linearization, gradient: Tensor, v: Tensor,
         product, *_ = torch.autograd.grad(
             gradient,
             [linearization.primal, *others],
-            v.to(gradient.dtype),
+            before_forward(linearization.sharded, v.to(gradient.dtype), gradient)
+            if create_graph
+            else v.to(gradient.dtype),
             create_graph=create_graph,
             retain_graph=create_graph or linearization.keep_graph or not last,
             allow_unused=True,
         )
     except (RuntimeError, NotImplementedError) as error:
         raise not_differentiable(error, times="twice, three times to train") from error
+    if product is not None:
+        gather_before(linearization.sharded, product)
     return product

@@ -13,6 +13,7 @@ from gradwise_torch._batch_coupling import coupled_layers, owner, running_statis
 from gradwise_torch._double_backward import differentiable_kernels, refuse_cudnn_rnn
 from gradwise_torch._hessian_norms import thrice_differentiable_norms
 from gradwise_torch._random import RandomStreams
+from gradwise_torch._sharded_models import before_forward, gather_before, sharded_modules, taking_derivatives
 
 __all__ = [
     "Linearization",
@@ -47,6 +48,8 @@ class Linearization:
 
     A once_differentiable function detaches its derivatives, silently, unless the cotangents require gradients.
     """
+    sharded: tuple[Any, ...] = ()
+    """The parts of the model that FSDP2 has sharded."""
 
     @property
     def n_inputs(self) -> int:
@@ -57,6 +60,8 @@ class Linearization:
         """Vector-Jacobian product, of the shape of `primal`; `twice` if it will be differentiated by `primal`."""
         if self.probes is not None:
             self.probes.append(cotangents.requires_grad_())
+        if self.create_graph or twice:
+            cotangents = before_forward(self.sharded, cotangents, self.outputs, self.values)
         # allow_unused: an output that the inputs do not reach gives None here and a clear error below.
         (product,) = torch.autograd.grad(
             self.outputs,
@@ -68,6 +73,7 @@ class Linearization:
         )
         if product is None:
             raise _independent()
+        gather_before(self.sharded, product)
         half = product.dtype.itemsize == 2
         return product.float() if half and torch.is_autocast_enabled(product.device.type) else product
 
@@ -155,14 +161,17 @@ def linearize(
         if check_callable and owner(model) is None:
             warn_unseen(outputs)
         kept = outputs if true_values is None else true_values
-        yield Linearization(
-            primal=primal,
-            outputs=outputs,
-            values=kept if keep_graph else kept.detach(),
-            create_graph=create_graph,
-            keep_graph=keep_graph and true_values is None,
-            probes=[] if probe else None,
-        )
+        sharded = sharded_modules(outputs)
+        with taking_derivatives(sharded):
+            yield Linearization(
+                primal=primal,
+                outputs=outputs,
+                values=kept if keep_graph else kept.detach(),
+                create_graph=create_graph,
+                keep_graph=keep_graph and true_values is None,
+                probes=[] if probe else None,
+                sharded=sharded,
+            )
 
 
 def _recording() -> AbstractContextManager[object]:
