@@ -67,7 +67,7 @@ class Gathered:
         if any(group.is_unsharded and group._training_state.name == "FORWARD" for group in self._groups()):
             msg = (
                 "`fully_shard` must be called before PopulationGradient is made: its hook has gathered the weights of "
-                "this forward before the member was there. Make a new PopulationGradient, after fully_shard and with an "
+                "this forward before the member was there. Make a new PopulationGradient after fully_shard, with an "
                 "inner optimizer over the sharded parameters"
             )
             raise RuntimeError(msg)
@@ -106,7 +106,7 @@ def refuse_flat_parameters(model: nn.Module | None, parameters: Sequence[Tensor]
     in_model = kind is not None and model is not None and any(isinstance(module, kind) for module in model.modules())
     if in_model or any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
         msg = (
-            "`model` must not be a FullyShardedDataParallel (FSDP1): it flattens parameters, so that scale and noise of "
-            "a tensor are not defined. Use torch.distributed.fsdp.fully_shard (FSDP2), which keeps tensors apart"
+            "`model` must not be a FullyShardedDataParallel (FSDP1): it flattens parameters, so that scale and noise "
+            "of a tensor are not defined. Use torch.distributed.fsdp.fully_shard (FSDP2), which keeps tensors apart"
         )
         raise TypeError(msg)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gradwise._statistics import running_mean
 from gradwise_torch._probe import WHOLE, Probe
+from gradwise_torch._shards import local_of, shards_of
 from gradwise_torch._weights import at_least_float32, total_square
 
 __all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
@@ -172,12 +173,10 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
         if parameter.grad is None:
             parameter.grad = gradient
         elif gradient is not None:
-            if gradient.is_sparse and not parameter.grad.is_sparse:
-                parameter.grad.add_(gradient)
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad + gradient
             else:
-                parameter.grad = (
-                    parameter.grad + gradient if parameter.grad.is_sparse else parameter.grad.add_(gradient)
-                )
+                local_of(parameter.grad).add_(local_of(gradient))
 
 
 def is_view(gradient: Tensor) -> bool:
@@ -198,8 +197,8 @@ def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], frac
             if mean.is_sparse or value.is_sparse or mean.dtype != value.dtype:
                 mean = running_mean(mean, value, fraction)  # over the union of the rows
             else:
-                dense[0].append(mean)
-                dense[1].append(value)
+                dense[0].append(local_of(mean))
+                dense[1].append(local_of(value))
         result.append(mean)
     if dense[0]:
         torch._foreach_lerp_(*dense, fraction)  # type: ignore[reportPrivateImportUsage] - no public name; `running_mean` in place
@@ -207,8 +206,12 @@ def _means(means: Sequence[Tensor | None], values: Sequence[Tensor | None], frac
 
 
 def square_norm(gradients: Sequence[Tensor | None], probe: Probe = WHOLE) -> Tensor:
-    """``|g|^2`` over all tensors as estimated from the probe, in float32 or better; no device sync."""
+    """``|g|^2`` over all tensors as estimated from the probe and this process's shards; no device sync.
+
+    In float32 or better.
+    """
     present = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
-    parts = [at_least_float32(probe.part(g.detach())) for g in present]
+    here = [local_of(g) for g in present]
+    parts = [at_least_float32(probe.part(g.detach())) for g in here]
     norms = torch._foreach_norm(parts) if parts else []  # type: ignore[reportPrivateImportUsage] - no public name
-    return total_square(norms, [probe.factor(g.numel()) for g in present])
+    return total_square(norms, [probe.factor(h.numel()) * shards_of(g) for g, h in zip(present, here, strict=True)])

@@ -84,6 +84,7 @@ class MemberLoop:
     @torch.no_grad()
     def __call__(self) -> Loss | None:
         """One evaluation: the mean of the members' losses, with the mean of their gradients in ``.grad``."""
+        self._perturbation.check_reduced()
         reduction = Reduction(self._model)
         reduction.begin()
         gradients = self._gradients(self._parameters, self._probe, reduction.accumulate)

@@ -198,8 +198,10 @@ class PopulationGradient(BatchOptimizer):
                 )
                 raise RuntimeError(msg)
             self.end_member()
+            counts = closure is not None or not self._only_makes_state()
             if closure is None:
-                self._check_saw_member()
+                if counts:
+                    self._check_saw_member()
                 loss = scaled_step(self, self.inner_optimizer, self._parameters())
             elif self.model is not None and is_loop_body(closure):
                 loss = self.inner_optimizer.step(self._body_of_loop(closure))
@@ -209,7 +211,7 @@ class PopulationGradient(BatchOptimizer):
             forget_scaling(self)
             raise
         self._selection.exclude_sparse(self._parameters())
-        self._step += 1
+        self._step += counts
         self._streams = 0
         self._saw_member = False
         return loss
@@ -302,6 +304,10 @@ class PopulationGradient(BatchOptimizer):
         hold), `agreement` and `sharpness` are those of gradients that are averages over the processes already.
         """
         return self._record.read(skipped=self._skipped)
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step at learning rate 0 by which a distributed checkpoint makes the inner state."""
+        return not self._saw_member and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
     def _check_saw_member(self) -> None:
         if self.model is not None and not self._saw_member and not self._warned_no_member:

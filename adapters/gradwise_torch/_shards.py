@@ -123,7 +123,7 @@ def _divisions(tensor: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _share(indices: Tensor, rank: int, ranks: int, factor: int) -> Tensor:
-    """The indices that remain for one of the ranks: its chunk, or (strided sharding) its chunk of each of the pieces."""
+    """The indices that remain for one of the ranks: its chunk, or (strided sharding) its chunk of every piece."""
     mine = [chunks[rank] for piece in indices.chunk(factor) if len(chunks := piece.chunk(ranks)) > rank]
     return torch.cat([*mine, indices[:0]])
 
