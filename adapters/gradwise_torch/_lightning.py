@@ -1,16 +1,15 @@
 """Lightning: K whole-batch members per optimizer step, by a callback; model and optimizer stay as they are."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from gradwise._statistics import PopulationStatistics
-from gradwise_torch._gradients import ClosureGradients
+from gradwise_torch._lightning_members import MembersClosure, TrainersPopulation
 from gradwise_torch._population import PopulationGradient
 
 __all__ = ["PopulationCallback"]
@@ -66,7 +65,7 @@ class PopulationCallback(Callback):
     ------
     TypeError, ValueError
         Bad arguments, by name. At ``fit``: manual optimization, an optimizer that is a `PopulationGradient` already, a
-        second `PopulationCallback`, a strategy that accumulates gradients itself (DeepSpeed).
+        strategy that accumulates gradients itself (DeepSpeed).
 
     Examples
     --------
@@ -121,7 +120,7 @@ class PopulationCallback(Callback):
         PopulationGradient(torch.optim.SGD([torch.zeros(1)]), seed=seed, **self._options)
         self._state = {} if seed is None else {"seed": seed}
         self._log_statistics = log_statistics
-        self._population: _TrainersPopulation | None = None
+        self._population: TrainersPopulation | None = None
         self._statistics = PopulationStatistics()
         self._uninstall: Callable[[], object] | None = None
 
@@ -137,15 +136,16 @@ class PopulationCallback(Callback):
         self._check(trainer, pl_module)
         if "seed" not in self._state:
             self._state["seed"] = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
-        population = self._population = _TrainersPopulation(
-            trainer.optimizers[0], pl_module, trainer.strategy.model or pl_module, **self._options, **self._state
+        wrapped = trainer.strategy.model  # the module itself, or DDP around it
+        population = self._population = TrainersPopulation(
+            trainer.optimizers[0], pl_module, pl_module if wrapped is None else wrapped, **self._options, **self._state
         )
         # The one private name: the Trainer gives the closures of accumulated batches to nobody else.
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
         make_closure = loop._make_closure
 
-        def make_closure_of_members(*args: Any, **kwargs: Any) -> _MembersClosure:
-            return _MembersClosure(make_closure(*args, **kwargs), population.begin(trainer.global_step))
+        def make_closure_of_members(*args: Any, **kwargs: Any) -> MembersClosure:
+            return MembersClosure(make_closure(*args, **kwargs), population.begin(trainer.global_step))
 
         loop._make_closure = make_closure_of_members  # type: ignore[method-assign] - taken off again by `_leave`
         self._uninstall = lambda: vars(loop).pop("_make_closure", None)
@@ -191,19 +191,12 @@ class PopulationCallback(Callback):
                 "one member per batch, or step it with a closure"
             )
             raise ValueError(msg)
-        if len(trainer.optimizers) != 1:
-            count = len(trainer.optimizers)
-            msg = f"`configure_optimizers` must return one optimizer for PopulationCallback; got {count}"
-            raise ValueError(msg)
         if isinstance(trainer.optimizers[0], PopulationGradient):
             msg = (
                 "`configure_optimizers` must return a plain optimizer for PopulationCallback; got a "
                 "PopulationGradient. Keep either the wrapper (one member per batch) or the callback"
             )
             raise TypeError(msg)
-        if sum(isinstance(callback, PopulationCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            msg = "`callbacks` must have one PopulationCallback; got several"
-            raise ValueError(msg)
         if trainer.strategy.handles_gradient_accumulation:
             msg = (
                 "`strategy` must leave the accumulation of gradients to the Trainer for PopulationCallback; got "
@@ -219,70 +212,3 @@ class PopulationCallback(Callback):
             self._state = self._population.own_state()
             self._statistics = self._population.statistics
             self._population = None
-
-
-class _TrainersPopulation(PopulationGradient):
-    """A population around an optimizer that the Trainer steps: it only evaluates closures.
-
-    Parameters
-    ----------
-    optimizer, module
-        The Trainer's.
-    wrapped : nn.Module
-        What the Trainer's forwards go through: `module` or its DDP wrapper.
-    skipped : int
-        Members dropped so far.
-    **options
-        Those of `PopulationGradient`.
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, module: LightningModule, wrapped: nn.Module, *, skipped: int = 0, **options: Any
-    ) -> None:
-        self._wrapped = wrapped
-        super().__init__(optimizer, module, **options)
-        self._skipped = skipped
-
-    def _awake(self) -> None:
-        """No hooks: a forward outside of a closure (in another callback, say) is none of ours and sees the mean."""
-        self.model = None
-        super()._awake()
-        self.model = self._wrapped
-
-    def begin(self, step: int) -> "_TrainersPopulation":
-        """The Trainer's count of steps is ours, so that a resumed run has it whenever the checkpoint was written."""
-        if step != self._step:
-            self._step, self._streams = step, 0
-        return self
-
-    def closure_of_members(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """For one batch, with members of its own until the next step."""
-        members = self._closure_of_members(closure, ClosureGradients)
-        self._streams += self.population.streams(self.population.size, paired=True)
-        return members
-
-    def own_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the Trainer's own state."""
-        return {"seed": self.population.seed, "skipped": self._skipped}
-
-
-class _MembersClosure:
-    """Stands in for Lightning's closure of one batch and runs it once per member, each time it is called.
-
-    Lightning hands it to ``optimizer_step`` (or calls it itself, where it accumulates, or under a GradScaler), and asks
-    it for the outputs of ``training_step`` in the end.
-    """
-
-    def __init__(self, closure: Any, population: _TrainersPopulation) -> None:
-        self._closure = closure
-        self._members = population.closure_of_members(closure)
-        self._loss: Any = None
-
-    def __call__(self) -> Any:
-        self._loss = self._members()
-        return self._loss
-
-    def consume_result(self) -> Any:
-        """Outputs of the last member, with the mean loss."""
-        last = self._closure.consume_result()
-        return last if self._loss is None else replace(last, closure_loss=self._loss)
