@@ -191,6 +191,7 @@ class PopulationGradient(BatchOptimizer):
         """
         try:
             self._check_not_by_hand("step")
+            self.end_member()
             if closure is not None and loss_scaling(self):
                 msg = (
                     "`closure` must be None under a GradScaler, which unscales gradients only once, after the closure. "
