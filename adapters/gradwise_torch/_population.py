@@ -198,7 +198,6 @@ class PopulationGradient(BatchOptimizer):
                     "Use the unchanged loop (pass `model`, call scaler.step(optimizer)), or bfloat16 without a scaler"
                 )
                 raise RuntimeError(msg)
-            self.end_member()
             counts = closure is not None or not self._only_makes_state()
             if closure is None:
                 if counts:
