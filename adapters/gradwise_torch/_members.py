@@ -11,7 +11,7 @@ from gradwise._population import Population
 from gradwise_torch._hooks import MemberEvent
 from gradwise_torch._perturbation import Perturbation
 from gradwise_torch._selection import Selection
-from gradwise_torch._shards import local_of
+from gradwise_torch._shards import version_of
 from gradwise_torch._statistics import MemberRecord
 from gradwise_torch._weights import Entry, Weights
 from gradwise_torch._wrapper import OptimizerWrapper
@@ -203,7 +203,7 @@ class MemberOptimizer(OptimizerWrapper):
         parameters = self._parameters()
         return len(parameters) != len(self._marks) or any(
             parameter.grad is not None
-            and (mark is None or mark[0]() is not parameter.grad or mark[1] != local_of(parameter.grad)._version)
+            and (mark is None or mark[0]() is not parameter.grad or mark[1] != version_of(parameter.grad))
             for parameter, mark in zip(parameters, self._marks, strict=True)
         )
 
@@ -241,4 +241,4 @@ class MemberOptimizer(OptimizerWrapper):
 
 def _marks_of(parameters: list[Tensor]) -> list[Any]:
     """Gradients as they are now, by identity and version, without keeping them alive."""
-    return [None if p.grad is None else (weakref.ref(p.grad), local_of(p.grad)._version) for p in parameters]
+    return [None if p.grad is None else (weakref.ref(p.grad), version_of(p.grad)) for p in parameters]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradwise._population import Population
 
-__all__ = ["Shard", "dtensor_of", "is_dtensor", "local_of", "shards_of", "whole_scales"]
+__all__ = ["Shard", "dtensor_of", "is_dtensor", "local_of", "shards_of", "version_of", "whole_scales"]
 
 Places = tuple[int, int] | Tensor
 """Which indices of an axis: from where to where, or each of them."""
@@ -32,6 +32,12 @@ def local_of(tensor: Any) -> Tensor:
     """What this process holds of a DTensor, without autograd: writing to it writes to the DTensor. Else the tensor."""
     # Not to_local(), which makes a new view of a parameter, with a version counter that nobody else advances.
     return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def version_of(tensor: Any) -> int:
+    """A number that grows when anybody writes to the tensor, or to what this process holds of it."""
+    # Operations on a DTensor count for it alone, and those on its local tensor for that one.
+    return tensor._version + tensor._local_tensor._version if is_dtensor(tensor) else tensor._version
 
 
 def dtensor_of(local: Tensor, like: Any) -> Tensor:

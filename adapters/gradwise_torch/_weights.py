@@ -12,7 +12,7 @@ from gradwise._population import Population, check_sigma
 from gradwise_torch._fsdp import Gathered
 from gradwise_torch._noise import Noise
 from gradwise_torch._probe import Probe
-from gradwise_torch._shards import Shard, dtensor_of, local_of, shards_of, whole_scales
+from gradwise_torch._shards import Shard, dtensor_of, local_of, shards_of, version_of, whole_scales
 
 __all__ = ["Entry", "Weights", "at_least_float32", "total_square"]
 
@@ -210,20 +210,20 @@ class Weights:
 
 
 def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device] | None:
-    parameter = local_of(parameter)
-    if not parameter.numel():
+    here = local_of(parameter)
+    if not here.numel():
         return None  # FSDP replaces empty shards by others
-    return parameter._version, parameter.data_ptr(), parameter.dtype, parameter.device
+    return version_of(parameter), here.data_ptr(), here.dtype, here.device
 
 
 def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device] | None) -> bool:
     """Whether somebody wrote to a tensor: in place, or to its .data, unless that was a change of dtype or device."""
     if mark is None:
         return False
-    parameter = local_of(parameter)
+    here = local_of(parameter)
     version, address, *kind = mark
-    converted = [parameter.dtype, parameter.device] != kind
-    return parameter._version != version or (parameter.data_ptr() != address and not converted)
+    converted = [here.dtype, here.device] != kind
+    return version_of(parameter) != version or (here.data_ptr() != address and not converted)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
