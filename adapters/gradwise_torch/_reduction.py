@@ -12,7 +12,9 @@ be known as the last beforehand (a member whose loss is not finite may be droppe
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gradwise_torch._gradients import add_gradients
 
 __all__ = ["Reduction"]
+
+# Ids of parameters in the order in which their gradients arrived in the first backward pass. DDP fills its buckets in
+# the order in which gradients first arrive, and how a sum over three or more processes is rounded depends on that.
+_ORDERS: WeakKeyDictionary[DistributedDataParallel, dict[int, int]] = WeakKeyDictionary()
 
 
 class Reduction:
@@ -51,6 +57,8 @@ class Reduction:
         with ExitStack() as stack:
             for wrapper in self._wrappers:
                 stack.enter_context(wrapper.no_sync())
+                if not _ORDERS.get(wrapper):
+                    _watch_order(wrapper, stack)
             yield
 
     def accumulate(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -64,16 +72,30 @@ class Reduction:
         """
         left = {id(p): (p, gradient) for p, gradient in zip(parameters, gradients, strict=True)}
         for wrapper in self._wrappers:
-            pairs = [left.pop(id(p), (p, _nothing_new(p))) for p in wrapper.parameters() if p.requires_grad]
-            arrived = [(p, gradient) for p, gradient in pairs if gradient is not None]
-            if arrived:
-                _backward(wrapper, *map(list, zip(*arrived, strict=True)))
+            order = _ORDERS.get(wrapper, {})
+            latest_first = sorted(wrapper.parameters(), key=lambda p: -order.get(id(p), 0))
+            pairs = [left.pop(id(p), (p, _nothing_new(p))) for p in latest_first if p.requires_grad]
+            present = [(p, gradient) for p, gradient in pairs if gradient is not None]
+            if present:
+                _backward(wrapper, *map(list, zip(*present, strict=True)))
         add_gradients(*map(list, zip(*left.values(), strict=True)) if left else ([], []))
 
 
 def _knows_its_graph(wrapper: DistributedDataParallel) -> bool:
     """Whether DDP can go without a reduction: with ``static_graph``, it studies the graph in the first one it does."""
     return not wrapper.static_graph or getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True)
+
+
+def _watch_order(wrapper: DistributedDataParallel, stack: ExitStack) -> None:
+    order = _ORDERS[wrapper] = {}
+
+    def note(name: int, gradient: Tensor) -> None:
+        del gradient
+        order.setdefault(name, len(order))
+
+    for parameter in wrapper.parameters():
+        if parameter.requires_grad:
+            stack.callback(parameter.register_hook(partial(note, id(parameter))).remove)
 
 
 def _nothing_new(parameter: Tensor) -> Tensor | None:
@@ -83,7 +105,7 @@ def _nothing_new(parameter: Tensor) -> Tensor | None:
 
 def _backward(wrapper: DistributedDataParallel, parameters: list[Tensor], gradients: list[Tensor]) -> None:
     with torch.enable_grad(), _without_hooks(parameters):
-        # In the order of a backward pass: later nodes run first.
+        # Later nodes run first.
         outputs = _forward(wrapper, lambda: [parameter.expand_as(parameter) for parameter in parameters])
         torch.autograd.backward(outputs, gradients)
 
