@@ -17,6 +17,7 @@ from transformers_cells import (
     arguments,
     bert,
     gpt2,
+    momentum,
     sentences,
     texts,
     token_loss,
@@ -36,18 +37,20 @@ class PopulationTrainer(PopulationTrainerMixin, RecordingTrainer):
     pass
 
 
-def unchanged(model: nn.Module, *, sigma: float = SIGMA, seed: int = SEED, **settings: Any) -> RecordingTrainer:
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+
+def unchanged(model: nn.Module, *, inner: Any = adamw, seed: int = SEED, **settings: Any) -> RecordingTrainer:
     """The Trainer, with nothing but an optimizer."""
-    inner = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    optimizer = PopulationGradient(inner, model, sigma=sigma, seed=seed)
-    return RecordingTrainer(model=model, optimizers=(optimizer, None), **settings)  # type: ignore[arg-type] - None
+    optimizer = PopulationGradient(inner(model), model, sigma=SIGMA, seed=seed)
+    return RecordingTrainer(model=model, optimizers=(optimizer, None), **settings)
 
 
-def members(model: nn.Module, *, sigma: float = SIGMA, seed: int = SEED, size: int = 4, **settings: Any) -> Any:
-    inner = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    return PopulationTrainer(
-        model=model, optimizers=(inner, None), population_size=size, sigma=sigma, seed=seed, **settings
-    )
+def members(model: nn.Module, *, inner: Any = adamw, seed: int = SEED, **settings: Any) -> Any:
+    """The Trainer with the mixin."""
+    population: dict[str, Any] = {"population_size": 4, "sigma": SIGMA, "seed": seed}
+    return PopulationTrainer(model=model, optimizers=(inner(model), None), **population, **settings)
 
 
 MODES: dict[str, Callable[..., Any]] = {"unchanged": unchanged, "members": members}
@@ -105,18 +108,15 @@ def test_sigma_zero_equals_the_plain_trainer(cell: str, tmp_path: Path) -> None:
         return trainer
 
     def plain(model: nn.Module, **settings: Any) -> Trainer:
-        inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-        return RecordingTrainer(model=model, optimizers=(inner, None), **settings)  # type: ignore[arg-type] - None
+        return RecordingTrainer(model=model, optimizers=(adamw(model), None), **settings)
 
     def wrapped(model: nn.Module, **settings: Any) -> Trainer:
-        inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-        optimizer = PopulationGradient(inner, model, sigma=0)
-        return RecordingTrainer(model=model, optimizers=(optimizer, None), **settings)  # type: ignore[arg-type] - None
+        optimizer = PopulationGradient(adamw(model), model, sigma=0)
+        return RecordingTrainer(model=model, optimizers=(optimizer, None), **settings)
 
     def mixed(model: nn.Module, **settings: Any) -> Trainer:
-        inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
         return PopulationTrainer(
-            model=model, optimizers=(inner, None), population_size=3, antithetic=False, sigma=0, **settings
+            model=model, optimizers=(adamw(model), None), population_size=3, antithetic=False, sigma=0, **settings
         )
 
     expected = everything(train(plain))
@@ -130,7 +130,7 @@ def by_hand(start: GPT2LMHeadModel, batches: list[dict[str, Tensor]], *, per_ste
     Size 0 is the unchanged loop: one independent member per micro-batch.
     """
     parameters = list(start.parameters())
-    inner = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    inner = momentum(start)
     steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
     schedule = get_linear_schedule_with_warmup(inner, 0, len(steps))
     population = Population(size=size or 8, sigma=SIGMA, seed=SEED)
@@ -153,7 +153,7 @@ def test_training_is_that_of_a_loop_by_hand(mode: str, size: int, tmp_path: Path
     model = gpt2()
     witness = Witness(model)
     args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.5, lr_scheduler_type="linear")
-    trainer = MODES[mode](model, args=args, train_dataset=texts(24))
+    trainer = MODES[mode](model, inner=momentum, args=args, train_dataset=texts(24))
     trainer.train()
     batches = trainer.batches[:: size or 1]
     assert len(batches) == 6
@@ -164,14 +164,15 @@ def test_training_is_that_of_a_loop_by_hand(mode: str, size: int, tmp_path: Path
 
     expected = by_hand(gpt2(), batches, per_step=2, size=size)
     for got, value in zip(weights_of(model), expected, strict=True):
-        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-6)  # sums in another order, through Adam
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-6)  # sums in another order
 
 
 class Visitor(TrainerCallback):
     """Evaluates and saves between the micro-batches of a step, and looks at what the model is then and after it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: list[dict[str, Tensor]]) -> None:
         self.trainer: Any = None
+        self.rows = rows
         self.folder = folder
         self.mean: list[Tensor] = []
         self.visits = 0
@@ -192,17 +193,18 @@ class Visitor(TrainerCallback):
         clean = gpt2().eval()
         put(list(clean.parameters()), self.mean)
         with torch.no_grad():
-            losses = [clean(**{k: v[None] for k, v in row.items()}).loss for row in self.trainer.eval_dataset]
+            losses = [clean(**{k: v[None] for k, v in row.items()}).loss for row in self.rows]
         assert result["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)  # float32, in batches
         self.visits += 1
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_and_checkpoints_see_the_mean_at_any_time(mode: str, tmp_path: Path) -> None:
-    visitor = Visitor(tmp_path)
     rows = [{k: v.clone() for k, v in row.items()} for row in texts(6, seed=1)]
     for row in rows:
         row["labels"] = torch.cat([torch.tensor([-100]), row["input_ids"][1:]])  # as many in each: the mean of means
+
+    visitor = Visitor(tmp_path, rows)
 
     def train(visitors: list[Visitor]) -> Any:
         args = arguments(
@@ -278,8 +280,8 @@ def test_mixin_works_with_the_default_optimizer_and_custom_trainers(tmp_path: Pa
     trainer = PoppingPopulationTrainer(bert(), args, train_dataset=rows, population_size=2)
     assert trainer.population is None
     trainer.train()
-    population = trainer.population
-    assert population is population_of(trainer)
+    population = population_of(trainer)
+    assert trainer.population is population
     assert population.population.seed == 11  # that of the arguments, whatever else lives in this process
     assert isinstance(population.inner_optimizer, torch.optim.AdamW)
     assert len(population.param_groups) == 2  # with and without weight decay, as the Trainer makes them
@@ -290,7 +292,7 @@ def test_mixin_works_with_the_default_optimizer_and_custom_trainers(tmp_path: Pa
 
 
 def test_mixin_wraps_anew_when_the_model_is_made_anew(tmp_path: Path) -> None:
-    trainer = PopulationTrainer(
+    trainer: Any = PopulationTrainer(
         args=arguments(tmp_path, max_steps=1), model_init=lambda: bert(), train_dataset=sentences(4), population_size=2
     )
     trainer.train()
@@ -301,10 +303,9 @@ def test_mixin_wraps_anew_when_the_model_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_mixin_refuses_what_would_do_something_else(tmp_path: Path) -> None:
+    bases: tuple[type, ...] = (Trainer, PopulationTrainerMixin)
     with pytest.raises(TypeError, match="must come before the Trainer"):
-
-        class Wrong(Trainer, PopulationTrainerMixin):
-            pass
+        type("Wrong", bases, {})
 
     model = bert()
     optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from gradwise._population import Population
 from gradwise_torch._population import PopulationGradient
 
 __all__ = ["PopulationTrainerMixin"]
@@ -118,6 +119,7 @@ class PopulationTrainerMixin(_Base):
             "seed": self.args.seed if seed is None else seed,
             "share_masks": share_masks,
         }
+        Population(population_size, sigma, scale, noise, antithetic)  # its errors now, not after the data are loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
