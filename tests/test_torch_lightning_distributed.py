@@ -39,6 +39,7 @@ class Saved(Callback):
 
     def on_train_end(self, trainer, pl_module):
         saved = {"weights": weights(pl_module), "losses": pl_module.losses, "reductions": len(reductions)}
+        saved["states"] = [callback.state_dict() for callback in trainer.callbacks]
         torch.save(saved, f"{self.path}-{trainer.global_rank}.pt")
         reductions.clear()
 
@@ -70,6 +71,12 @@ warnings.simplefilter("ignore")
 members = PopulationCallback(2, sigma=0.3, seed=5)
 fit("callback", Regression(adamw), members)
 fit("accumulated", Regression(adamw), members, accumulate_grad_batches=2, gradient_clip_val=0.1)
+
+class Unseeded(Callback):
+    def setup(self, trainer, pl_module, stage):
+        torch.manual_seed(7 + trainer.global_rank)
+
+fit("unseeded", Regression(adamw), Unseeded(), PopulationCallback(2), max_steps=1)
 fit("wrapper", Regression(lambda m: PopulationGradient(adamw(m), m, sigma=0.3, seed=5)))
 """
 
@@ -100,3 +107,9 @@ def test_ranks_are_members_and_replicas_stay_identical(case: str, folder: Path) 
     both = [sum(losses[rank::2]) / 4 for rank in range(2)]
     assert [sum(r["losses"]) / len(r["losses"]) for r in (first, second)] == pytest.approx(both, rel=1e-4)
     assert first["reductions"] == 4 // options.get("accumulate", 1)  # one per step, whatever the number of members
+
+
+def test_ranks_that_seed_torch_differently_save_one_seed(folder: Path) -> None:
+    states = [torch.load(folder / f"unseeded-{rank}.pt", weights_only=True)["states"] for rank in range(2)]
+    assert states[0] == states[1]  # the checkpoint holds that of the first process, for all that resume from it
+    assert {"seed": 7, "skipped": 0} in states[0]

@@ -159,6 +159,11 @@ def test_a_forward_that_is_not_the_models_warns(tmp_path: Path) -> None:
     assert_near(weights(module), expected)
 
 
+def test_clipping_under_a_scaler_is_refused_by_lightning(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(tmp_path, Regression(wrapped), precision="fp16", gradient_clip_val=0.1)
+
+
 # -- validation and checkpoints ----------------------------------------------------------------------------------------
 
 

@@ -168,11 +168,6 @@ class PopulationCallback(Callback):
         del trainer, pl_module, exception
         self._leave()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer as it was, where a tuner has ended the training early."""
-        del trainer, pl_module, stage
-        self._leave()
-
     def state_dict(self) -> dict[str, Any]:
         """The seed and what was skipped; the step is the Trainer's, and a schedule of `sigma` is never in it."""
         return self._state if self._population is None else self._population.own_state()
