@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwise.torch import GradientMatching, teacher_jacobian, value_and_jacobian, vjp
+from gradwise.torch import GradientMatching, PopulationGradient, jvp, teacher_jacobian, value_and_jacobian, vjp
 
 ROWS = 8
 mse = nn.functional.mse_loss
@@ -146,7 +146,8 @@ def accumulation(run: Whole) -> dict[str, Tensor]:
         before = flags(model)
         prediction, loss = matching.with_values(model, x + last, target)
         assert flags(model) == before
-        assert last or all(parameter.grad is None for parameter in model.parameters())
+        # Taking derivatives has reduced nothing that waits.
+        assert run.world == 1 or all(parameter.grad is None for parameter in model.parameters())
         (mse(prediction, y) + loss).backward()
     return gradients(model)
 
@@ -283,12 +284,13 @@ def batch_norm(run: Whole) -> dict[str, Tensor]:
 
 
 def derivatives(run: Whole) -> dict[str, Tensor]:
-    """Trained through what `value_and_jacobian` and `vjp` return."""
+    """Trained through what `value_and_jacobian`, `vjp` and `jvp` return."""
     model = run.shard(mlp())
     x, y, _ = run.own(*data())
     prediction, jacobian = value_and_jacobian(model, x)
     _, product = vjp(model, x, y)
-    (prediction.square().mean() + jacobian.square().mean() + product.square().mean()).backward()
+    _, forward = jvp(model, x, x.cos())
+    (prediction + forward + product.sum(1, keepdim=True) + jacobian.sum(2)).square().mean().backward()
     return gradients(model)
 
 
@@ -311,11 +313,59 @@ def evaluation(run: Whole) -> dict[str, Tensor]:
     return results
 
 
+def population(run: Whole) -> dict[str, Tensor]:
+    """Both ideas: the members are those of one process, and derivatives are taken at the member's weights."""
+    model = run.shard(mlp())
+    matching = fitted()
+    inner = torch.optim.Adam(model.parameters(), lr=0.05)
+    optimizer = PopulationGradient(inner, model, population_size=2, sigma=0.3, seed=5)
+    x, y, target = run.own(*data())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        prediction, loss = matching.with_values(model, x, target)
+        loss = mse(prediction, y) + loss
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        closure()
+        optimizer.step()
+        optimizer.step(closure)
+    return {name: whole_tensor(parameter) for name, parameter in model.named_parameters()}
+
+
+def flattened(run: Whole) -> dict[str, Tensor]:
+    """FSDP1 is refused, also where it shards nothing and would be wrong silently."""
+    if run.world == 1:
+        return {"refused": torch.tensor(4)}
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    refused = 0
+    x, _, target = run.own(*data())
+    leaf = x.clone().requires_grad_()
+    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = FullyShardedDataParallel(
+                mlp(), sharding_strategy=strategy, use_orig_params=True, device_id=torch.device("cpu")
+            )
+        for attempt in (
+            lambda model=model: fitted()(model, x, target),
+            lambda model=model: fitted().from_outputs(model(leaf), wrt=leaf, target=target),
+        ):
+            try:
+                attempt()
+            except TypeError as error:
+                refused += "fully_shard" in str(error)
+    return {"refused": torch.tensor(refused)}
+
+
 CASES: dict[str, Callable[[Whole], dict[str, Tensor]]] = {
     case.__name__: case
     for case in (
         *(training, derivatives_only, linear, precision, accumulation, kept_gathered, outputs, thread, between),
-        *(second_order, second_order_thread, attention, batch_norm, derivatives, evaluation),
+        *(second_order, second_order_thread, attention, batch_norm, derivatives, evaluation, population, flattened),
     )
 }
 
@@ -328,7 +378,9 @@ def main(folder: str, rank: int, world: int, names: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
     for name in names:
         case, _, kind = name.partition("-")
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")) if kind == "hsdp" else None
+        mesh = (
+            init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")) if kind == "hsdp" else None
+        )
         results = CASES[case](Sharded(rank, world, mesh))
         if rank == 0:
             torch.save(results, f"{folder}/{name}.pt")

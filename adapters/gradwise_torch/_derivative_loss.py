@@ -28,7 +28,8 @@ from gradwise_torch._linearize import Linearization, Model, count_outputs, linea
 from gradwise_torch._matching_goals import Targets
 from gradwise_torch._matching_scales import MatchingScales, processes
 from gradwise_torch._projections import draw_outputs
-from gradwise_torch._sharded_models import sharded_modules, taking_derivatives
+from gradwise_torch._sharded_models import refuse_flattened, sharded_modules, taking_derivatives
+from gradwise_torch._static_graph import refuse_static_outputs
 from gradwise_torch._traps import check_first_call
 from gradwise_torch._traps_offset import still_watching, watch_offset
 
@@ -129,8 +130,10 @@ class DerivativeLoss(nn.Module):
             )
             raise ValueError(msg)
         if not self._looked:
+            refuse_static_outputs(y)
             self._looked = True
             warn_unseen(y)
+            refuse_flattened(y)
         if targets.second_order and call.training and not self._checked:
             refuse_wrong_third_derivatives(y)
         single = y.ndim <= 1 or y.numel() == y.shape[0]

@@ -13,7 +13,14 @@ from gradwise_torch._batch_coupling import coupled_layers, owner, running_statis
 from gradwise_torch._double_backward import differentiable_kernels, refuse_cudnn_rnn
 from gradwise_torch._hessian_norms import thrice_differentiable_norms
 from gradwise_torch._random import RandomStreams
-from gradwise_torch._sharded_models import before_forward, gather_before, sharded_modules, taking_derivatives
+from gradwise_torch._sharded_models import (
+    before_forward,
+    gather_before,
+    refuse_flattened,
+    sharded_modules,
+    taking_derivatives,
+)
+from gradwise_torch._static_graph import refuse_static_graph, refuse_static_outputs
 
 __all__ = [
     "Linearization",
@@ -136,13 +143,15 @@ def linearize(
     keep_graph : bool
         Whether `values` keep their graph.
     check_callable : bool
-        Whether to look for batch normalisation in the graph of a `model` that is no module.
+        Whether to look in the graph for what cannot be seen in `model`: batch normalisation if it is no module, and
+        parameters that FSDP1 has flattened.
     probe : bool
         Whether to collect `probes`.
     second_order : bool
         Whether second derivatives are wanted, which the loss then differentiates once more.
     """
     check_input("x", x)
+    refuse_static_graph(model)
     layers = coupled_layers(model)
     if layers:
         warn_once(model)
@@ -160,6 +169,9 @@ def linearize(
             raise _independent()
         if check_callable and owner(model) is None:
             warn_unseen(outputs)
+        if check_callable and create_graph:
+            refuse_flattened(outputs)
+            refuse_static_outputs(outputs)
         kept = outputs if true_values is None else true_values
         sharded = sharded_modules(outputs)
         with taking_derivatives(sharded):

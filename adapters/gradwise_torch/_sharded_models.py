@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradwise_torch._autograd_graph import graph_nodes
+from gradwise_torch._autograd_graph import graph_leaves, graph_nodes
 
-__all__ = ["before_forward", "gather_before", "sharded_modules", "taking_derivatives"]
+__all__ = ["before_forward", "gather_before", "refuse_flattened", "sharded_modules", "taking_derivatives"]
 
 _FLAGS = ("reduce_grads", "all_reduce_grads", "reshard_after_backward")
 
@@ -37,6 +37,23 @@ def sharded_modules(outputs: Tensor) -> tuple[Any, ...]:
     groups = {id(g): g for n in graph_nodes(outputs) if (g := getattr(n, "param_group", None)) is not None}
     states = [state for group in groups.values() for state in group.modules[0]._get_fsdp_state()._state_ctx.all_states]
     return tuple({id(module): module for state in states for module in state._modules}.values())
+
+
+def refuse_flattened(outputs: Tensor) -> None:
+    """Raise TypeError if `outputs` were computed by FSDP1, whose hooks on flat parameters know nothing of derivatives.
+
+    Sharded, a second backward pass fails; unsharded (NO_SHARD), it gives wrong gradients, silently.
+    """
+    if "torch.distributed.fsdp" in sys.modules and any(_is_flat(leaf) for leaf in graph_leaves(outputs)):
+        msg = (
+            "`model` must not be a FullyShardedDataParallel (FSDP1): it cannot differentiate a derivative. Use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+        raise TypeError(msg)
+
+
+def _is_flat(leaf: Tensor) -> bool:
+    return getattr(leaf, "_is_flat_param", False)
 
 
 @contextmanager
