@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.autograd import Function
 
 from gradwise_torch._autograd_graph import graph_leaves, graph_nodes
@@ -44,16 +45,13 @@ def refuse_flattened(outputs: Tensor) -> None:
 
     Sharded, a second backward pass fails; unsharded (NO_SHARD), it gives wrong gradients, silently.
     """
-    if "torch.distributed.fsdp" in sys.modules and any(_is_flat(leaf) for leaf in graph_leaves(outputs)):
+    in_use = "torch.distributed.fsdp" in sys.modules and dist.is_initialized()
+    if in_use and any(getattr(leaf, "_is_flat_param", False) for leaf in graph_leaves(outputs)):
         msg = (
             "`model` must not be a FullyShardedDataParallel (FSDP1): it cannot differentiate a derivative. Use "
             "torch.distributed.fsdp.fully_shard (FSDP2)"
         )
         raise TypeError(msg)
-
-
-def _is_flat(leaf: Tensor) -> bool:
-    return getattr(leaf, "_is_flat_param", False)
 
 
 @contextmanager
