@@ -44,7 +44,7 @@ class Weights:
         self._parameters: list[Tensor] = []
         self._mean: list[Tensor] = []
         self._gathered = Gathered(None)
-        self._marks: list[tuple[Any, ...] | None] | None = None  # None while they move
+        self._marks: list[tuple[Any, ...]] | None = None  # None while they move
 
     def scales(
         self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], population: Population, step: int
@@ -209,21 +209,21 @@ class Weights:
             self.in_place = False
 
 
-def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device] | None:
+def _mark_of(parameter: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
     here = local_of(parameter)
-    if not here.numel():
-        return None  # FSDP replaces empty shards by others
-    return version_of(parameter), here.data_ptr(), here.dtype, here.device
+    return _version_of(parameter, here), here.data_ptr(), here.dtype, here.device
 
 
-def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device] | None) -> bool:
+def _written(parameter: Tensor, mark: tuple[int, int, torch.dtype, torch.device]) -> bool:
     """Whether somebody wrote to a tensor: in place, or to its .data, unless that was a change of dtype or device."""
-    if mark is None:
-        return False
     here = local_of(parameter)
     version, address, *kind = mark
     converted = [here.dtype, here.device] != kind
-    return version_of(parameter) != version or (here.data_ptr() != address and not converted)
+    return _version_of(parameter, here) != version or (here.data_ptr() != address and not converted)
+
+
+def _version_of(parameter: Tensor, here: Tensor) -> int:
+    return version_of(parameter) if here.numel() else parameter._version  # FSDP2 exchanges empty shards
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

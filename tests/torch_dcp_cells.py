@@ -1,0 +1,123 @@
+"""Distributed checkpoints of sharded models: ``python torch_dcp_cells.py FOLDER RANK WORLD CASE CHECKPOINT``."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_shard_cells import Sharded, gradients, moved, mse, weights
+
+from gradwise.torch import PopulationGradient
+
+HALF, ALL, GROUPS = 5, 10, 4
+
+
+def setting(here: Sharded, seed: int, noise_seed: int) -> tuple[Any, PopulationGradient, Any]:
+    """Two groups, the second without weight decay; a learning-rate schedule; a sigma schedule."""
+    model = here.net(seed)
+    first, *others = model.parameters()
+    inner = torch.optim.AdamW([{"params": [first]}, {"params": others, "weight_decay": 0.0}], lr=0.02)
+    optimizer = PopulationGradient(inner, model, sigma=lambda step: 0.2 + 0.01 * step, seed=noise_seed)
+    return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def rows(here: Sharded, step: int) -> tuple[Tensor, Tensor]:
+    """The same rows in all, whatever the number of processes: four groups of them, one or more for each process."""
+    groups = [here.of_group(step, group) for group in range(GROUPS)]
+    own = groups[here.rank * GROUPS // here.world : (here.rank + 1) * GROUPS // here.world]
+    return torch.cat([x for x, _ in own]), torch.cat([y for _, y in own])
+
+
+class Rows(Sharded):
+    def of_group(self, step: int, group: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 * step + group)
+        return torch.randn(4, 6, generator=generator), torch.randn(4, 1, generator=generator)
+
+
+def train(here: Any, model: nn.Module, optimizer: PopulationGradient, schedule: Any, steps: range) -> None:
+    for step in steps:
+        x, y = rows(here, step)
+        mse(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def save(here: Any, folder: str) -> dict[str, Any]:
+    """Train, save between a forward and its backward, train on; then resume in the same processes."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer, schedule = setting(here, seed=0, noise_seed=5)
+    train(here, model, optimizer, schedule, range(HALF))
+    mean = weights(model)
+    model(rows(here, HALF)[0])
+    member_in_place = not any(map(torch.equal, [m for m in moved(optimizer) if m.ndim > 1], mean[::2]))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state, "schedule": schedule}, checkpoint_id=folder)
+    train(here, model, optimizer, schedule, range(HALF, ALL))
+    resumed = load(here, folder)
+    return {
+        "member_in_place": member_in_place,
+        "mean": mean,
+        "weights": weights(model),
+        "moments": moments(optimizer),
+        "resumed": resumed,
+        "untouched": fresh(here),
+    }
+
+
+def load(here: Any, folder: str) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer, schedule = setting(here, seed=1, noise_seed=99)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state, "schedule": schedule}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    loaded = weights(model)
+    train(here, model, optimizer, schedule, range(HALF, ALL))
+    return {"loaded": loaded, "weights": weights(model), "moments": moments(optimizer)}
+
+
+def moments(optimizer: PopulationGradient) -> list[Tensor]:
+    """The inner optimizer's."""
+    state = optimizer.inner_optimizer.state
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        parameter.grad = state[parameter]["exp_avg_sq"]
+    return gradients(optimizer)
+
+
+def fresh(here: Any) -> dict[str, list[Tensor]]:
+    """Asking for a state before the first step, which makes one of an optimizer without state, changes no member."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    result: dict[str, list[Tensor]] = {}
+    for name in ("asked", "not asked"):
+        model = here.net()
+        optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model, sigma=0.2, seed=5)
+        if name == "asked":
+            get_state_dict(model, optimizer)
+        train(here, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), range(3))
+        result[name] = weights(model)
+    return result
+
+
+def main() -> None:
+    from torch import distributed as dist
+
+    folder, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    cases: dict[str, Callable[[Any, str], dict[str, Any]]] = {"save": save, "load": load}
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", module="gradwise")
+    warnings.filterwarnings("error", message=".*saw no member.*")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    torch.save(cases[sys.argv[4]](Rows(rank, world), sys.argv[5]), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
