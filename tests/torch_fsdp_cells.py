@@ -28,6 +28,11 @@ class Whole:
         return model
 
     def own(self, *tensors: Tensor) -> list[Tensor]:
+        """The rows of this process."""
+        return list(tensors)
+
+    def put(self, *tensors: Tensor) -> list[Tensor]:
+        """All rows, where this process computes."""
         return list(tensors)
 
     def call(self, model: nn.Module, setter: str, *args: bool) -> None:
@@ -37,13 +42,14 @@ class Whole:
 class Sharded(Whole):
     """One process of several with its rows and its shards: every block by itself, and the rest at the root."""
 
-    def __init__(self, rank: int, world: int, mesh: Any = None) -> None:
+    def __init__(self, rank: int, world: int, mesh: Any) -> None:
         self.rank, self.world, self.mesh = rank, world, mesh
 
-    def shard(self, model: nn.Module, *, blocks: bool = True, **options: Any) -> nn.Module:
+    def shard(self, model: nn.Module, **options: Any) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
-        for block in model.children() if blocks else ():
+        model.to(self.mesh.device_type)
+        for block in model.children():
             if isinstance(block, nn.Sequential | nn.TransformerEncoderLayer):
                 fully_shard(block, mesh=self.mesh, **options)
         fully_shard(model, mesh=self.mesh, **options)
@@ -51,7 +57,10 @@ class Sharded(Whole):
 
     def own(self, *tensors: Tensor) -> list[Tensor]:
         share = ROWS // self.world
-        return [tensor[self.rank * share : (self.rank + 1) * share] for tensor in tensors]
+        return self.put(*[tensor[self.rank * share : (self.rank + 1) * share] for tensor in tensors])
+
+    def put(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.mesh.device_type) for tensor in tensors]
 
     def call(self, model: Any, setter: str, *args: bool) -> None:
         getattr(model, setter)(*args)
@@ -77,7 +86,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 def whole_tensor(tensor: Any) -> Tensor:
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().clone()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -275,7 +284,9 @@ def attention(run: Whole) -> dict[str, Tensor]:
 def batch_norm(run: Whole) -> dict[str, Tensor]:
     """Two forward passes, one for the values, one with running statistics for the derivatives."""
     model = run.shard(mlp(nn.BatchNorm1d))
-    x, y, target = (tensor[: ROWS // 2] for tensor in data())  # everywhere, so that all have the same statistics
+    x, y, target = run.put(
+        *[tensor[: ROWS // 2] for tensor in data()]
+    )  # everywhere, so that all have the same statistics
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prediction, loss = fitted().with_values(model, x, target)
@@ -298,7 +309,7 @@ def evaluation(run: Whole) -> dict[str, Tensor]:
     """Derivatives without gradients, before and after a step that no backward pass precedes."""
     model = run.shard(mlp())
     matching = fitted()
-    x, _, target = data()  # all rows
+    x, _, target = run.put(*data())
     results = {}
     for step in range(2):
         with torch.no_grad():
@@ -375,15 +386,18 @@ def main(folder: str, rank: int, world: int, names: list[str]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
+    device, backend = ("cuda", "nccl") if folder.endswith("cuda") else ("cpu", "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     for name in names:
         case, _, kind = name.partition("-")
-        mesh = (
-            init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")) if kind == "hsdp" else None
-        )
+        shape = (2, world // 2) if kind == "hsdp" else (world,)
+        # Not the default mesh, which would be that of a GPU if there is one.
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         results = CASES[case](Sharded(rank, world, mesh))
         if rank == 0:
-            torch.save(results, f"{folder}/{name}.pt")
+            torch.save({key: value.cpu() for key, value in results.items()}, f"{folder}/{name}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -131,9 +131,9 @@ class DerivativeLoss(nn.Module):
             raise ValueError(msg)
         if not self._looked:
             refuse_static_outputs(y)
+            refuse_flattened(y)
             self._looked = True
             warn_unseen(y)
-            refuse_flattened(y)
         if targets.second_order and call.training and not self._checked:
             refuse_wrong_third_derivatives(y)
         single = y.ndim <= 1 or y.numel() == y.shape[0]

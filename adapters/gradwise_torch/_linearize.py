@@ -169,7 +169,7 @@ def linearize(
             raise _independent()
         if check_callable and owner(model) is None:
             warn_unseen(outputs)
-        if check_callable and create_graph:
+        if check_callable:
             refuse_flattened(outputs)
             refuse_static_outputs(outputs)
         kept = outputs if true_values is None else true_values

@@ -74,6 +74,9 @@ class GradientMatching(DerivativeLoss):
     Batch normalisation in training mode couples rows: derivatives are then taken with running statistics, see
     `value_and_jacobian`. Activation checkpointing of such layers is not supported.
 
+    Models sharded by FSDP2 (`fully_shard`) need nothing else: their parameters are gathered once more in the backward
+    pass of the loss, all at the same time. FSDP1 is refused.
+
     Examples
     --------
     >>> import torch
@@ -213,7 +216,7 @@ class GradientMatching(DerivativeLoss):
         ValueError
             If shapes are not exactly those above, targets contradict each other, or y does not depend on x.
         TypeError
-            If `mask` is not boolean, or x or y is not a floating-point tensor.
+            If `mask` is not boolean, x or y is not a floating-point tensor, or the model is sharded by FSDP1.
         RuntimeError
             In the first training call, if the model cannot be differentiated twice or the loss reaches no parameter.
         """

@@ -41,15 +41,15 @@ def sharded_modules(outputs: Tensor) -> tuple[Any, ...]:
 
 
 def refuse_flattened(outputs: Tensor) -> None:
-    """Raise TypeError if `outputs` were computed by FSDP1, whose hooks on flat parameters know nothing of derivatives.
+    """Raise TypeError if `outputs` were computed by FSDP1, whose hooks know nothing of derivatives.
 
     Sharded, a second backward pass fails; unsharded (NO_SHARD), it gives wrong gradients, silently.
     """
     in_use = "torch.distributed.fsdp" in sys.modules and dist.is_initialized()
     if in_use and any(getattr(leaf, "_is_flat_param", False) for leaf in graph_leaves(outputs)):
         msg = (
-            "`model` must not be a FullyShardedDataParallel (FSDP1): it cannot differentiate a derivative. Use "
-            "torch.distributed.fsdp.fully_shard (FSDP2)"
+            "`model` must not be a FullyShardedDataParallel (FSDP1): derivatives by the inputs need parameters that it "
+            "has freed. Use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
         raise TypeError(msg)
 
