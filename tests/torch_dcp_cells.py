@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_shard_cells import Sharded, gradients, moved, mse, weights
+from torch_shard_cells import Sharded, batch, gradients, moved, mse, weights
 
 from gradwise.torch import PopulationGradient
 
@@ -25,15 +25,9 @@ def setting(here: Sharded, seed: int, noise_seed: int) -> tuple[Any, PopulationG
 
 def rows(here: Sharded, step: int) -> tuple[Tensor, Tensor]:
     """The same rows in all, whatever the number of processes: four groups of them, one or more for each process."""
-    groups = [here.of_group(step, group) for group in range(GROUPS)]
-    own = groups[here.rank * GROUPS // here.world : (here.rank + 1) * GROUPS // here.world]
-    return torch.cat([x for x, _ in own]), torch.cat([y for _, y in own])
-
-
-class Rows(Sharded):
-    def of_group(self, step: int, group: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1000 * step + group)
-        return torch.randn(4, 6, generator=generator), torch.randn(4, 1, generator=generator)
+    own = range(here.rank * GROUPS // here.world, (here.rank + 1) * GROUPS // here.world)
+    x, y = zip(*(batch(step, group) for group in own), strict=True)
+    return torch.cat(x), torch.cat(y)
 
 
 def train(here: Any, model: nn.Module, optimizer: PopulationGradient, schedule: Any, steps: range) -> None:
@@ -47,8 +41,8 @@ def train(here: Any, model: nn.Module, optimizer: PopulationGradient, schedule: 
 
 def save(here: Any, folder: str) -> dict[str, Any]:
     """Train, save between a forward and its backward, train on; then resume in the same processes."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_all
 
     model, optimizer, schedule = setting(here, seed=0, noise_seed=5)
     train(here, model, optimizer, schedule, range(HALF))
@@ -56,7 +50,7 @@ def save(here: Any, folder: str) -> dict[str, Any]:
     model(rows(here, HALF)[0])
     member_in_place = not any(map(torch.equal, [m for m in moved(optimizer) if m.ndim > 1], mean[::2]))
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state, "schedule": schedule}, checkpoint_id=folder)
+    save_all({"model": model_state, "optimizer": optimizer_state, "schedule": schedule}, checkpoint_id=folder)
     train(here, model, optimizer, schedule, range(HALF, ALL))
     resumed = load(here, folder)
     return {
@@ -70,12 +64,12 @@ def save(here: Any, folder: str) -> dict[str, Any]:
 
 
 def load(here: Any, folder: str) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_all
 
     model, optimizer, schedule = setting(here, seed=1, noise_seed=99)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state, "schedule": schedule}, checkpoint_id=folder)
+    load_all({"model": model_state, "optimizer": optimizer_state, "schedule": schedule}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     loaded = weights(model)
     train(here, model, optimizer, schedule, range(HALF, ALL))
@@ -114,7 +108,7 @@ def main() -> None:
     warnings.filterwarnings("error", module="gradwise")
     warnings.filterwarnings("error", message=".*saw no member.*")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.save(cases[sys.argv[4]](Rows(rank, world), sys.argv[5]), f"{folder}/{rank}.pt")
+    torch.save(cases[sys.argv[4]](Sharded(rank, world), sys.argv[5]), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -89,8 +89,8 @@ class Shard:
         """The part that this process has of a DTensor; None for other tensors."""
         if not is_dtensor(tensor):
             return None
-        coordinate = tensor.device_mesh.get_coordinate()
-        divisions = () if coordinate is None else _divisions(tensor)  # None: this process has no part in the mesh
+        mesh = tensor.device_mesh
+        divisions = _divisions(tensor) if mesh.get_coordinate() else ()  # this process may have no part in the mesh
         if any(placement.is_partial() for placement in tensor.placements):
             msg = f"`{name}` must be replicated or sharded along every axis of its mesh; got {tensor.placements}"
             raise ValueError(msg)
@@ -98,7 +98,7 @@ class Shard:
         indices = [torch.arange(size) for size in shape]
         for place, axis in divisions:
             factor = getattr(tensor.placements[place], "split_factor", 1)
-            indices[axis] = _share(indices[axis], coordinate[place], tensor.device_mesh.size(place), factor)
+            indices[axis] = _share(indices[axis], mesh.get_local_rank(place), mesh.size(place), factor)
         if 0 not in local_shape and tuple(map(len, indices)) != local_shape:
             msg = (
                 f"`{name}` must be sharded in a way that is known here; {tensor.placements} of shape {shape} should "
@@ -106,7 +106,7 @@ class Shard:
             )
             raise ValueError(msg)
         places = tuple(map(_as_range, indices))
-        return cls(shape, local_shape, places, _span(shape, local_shape, places), tensor.device_mesh, divisions)
+        return cls(shape, local_shape, places, _span(shape, local_shape, places), mesh, divisions)
 
     @property
     def is_empty(self) -> bool:
