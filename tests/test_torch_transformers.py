@@ -303,9 +303,9 @@ def test_mixin_wraps_anew_when_the_model_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_mixin_refuses_what_would_do_something_else(tmp_path: Path) -> None:
-    bases: tuple[type, ...] = (Trainer, PopulationTrainerMixin)
+    wrong: list[type] = [Trainer, PopulationTrainerMixin]
     with pytest.raises(TypeError, match="must come before the Trainer"):
-        type("Wrong", bases, {})
+        type("Wrong", tuple(wrong), {})
 
     model = bert()
     optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model)
