@@ -1,6 +1,8 @@
 """PopulationCallback under the Trainer: K members per batch, everything else as without it."""
 
+import importlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,23 @@ def test_refused(case: str, tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_at_construction(options: Any, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         PopulationCallback(**options)
+
+
+class Absent:
+    """Finds no Lightning, as where it is not installed."""
+
+    def find_spec(self, name: str, *args: Any) -> None:
+        if name == "lightning":
+            raise ModuleNotFoundError(name=name)
+
+
+def test_without_lightning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = "lightning", "gradwise.torch.lightning", "gradwise_torch._lightning"
+    for name in [name for name in sys.modules if name.startswith("lightning.") or name in ours]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .gradwise\[lightning\]"):
+        importlib.import_module("gradwise.torch.lightning")
 
 
 def test_the_example(tmp_path: Path) -> None:

@@ -224,19 +224,23 @@ def test_gradient_matching_in_training_and_validation_step(tmp_path: Path) -> No
             super().__init__(adamw)
             self.matching = GradientMatching(scale="none")
             self.validated: list[Tensor] = []
+            self.modes: list[bool] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             y, loss = self.matching.with_values(self, batch[0], torch.zeros(12, 2, 6))
             return nn.functional.mse_loss(y, batch[1]) + loss
 
-        def validation_step(self, batch: Any, batch_idx: int) -> None:  # in inference mode
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.modes.append(torch.is_inference_mode_enabled())
             self.validated.append(self.matching(self, batch[0], torch.zeros(12, 2, 6)))
 
     module = Matched()
-    fit(tmp_path, module, validate=True, num_sanity_val_steps=0)
+    fitting = fit(tmp_path, module, validate=True, num_sanity_val_steps=0)
+    fitting.validate(module, Loader(), verbose=False)
+    assert module.modes == [False] * len(BATCHES) + [True] * len(BATCHES)  # no_grad within fit, inference mode outside
     module.eval()
-    losses = [module.matching(module, x, torch.zeros(12, 2, 6)) for x, _ in BATCHES]
-    torch.testing.assert_close(module.validated, [loss.detach() for loss in losses])
+    losses = [module.matching(module, x, torch.zeros(12, 2, 6)).detach() for x, _ in BATCHES]
+    torch.testing.assert_close(module.validated, 2 * losses)
 
     by_loop = Matched()
     optimizer = adamw(by_loop)

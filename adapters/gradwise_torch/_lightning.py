@@ -33,7 +33,11 @@ class PopulationCallback(Callback):
 
     What ``self.log`` in ``training_step`` shows: with ``on_epoch=True`` and the mean, the mean over members and
     batches; with ``on_step=True``, the last member's value; with ``reduce_fx="sum"``, K times too much. The loss that
-    ``on_train_batch_end`` gets in `outputs` is the mean over the members; other entries are the last member's.
+    ``on_train_batch_end`` gets in `outputs` is the mean over the members; other entries are the last member's. Metric
+    objects updated in ``training_step`` see every member.
+
+    Lightning's tuner takes the callbacks off while it looks for a learning rate or a batch size. ``training_step`` may
+    return None to skip a batch, if it does so for the first member.
 
     Parameters
     ----------
@@ -51,7 +55,8 @@ class PopulationCallback(Callback):
         ``perturb(name, parameter) -> bool`` chooses tensors by their names in the module; by default those with at
         least two dimensions.
     on_nonfinite : {"raise", "skip"}
-        What a member with a NaN or infinite loss does.
+        What a member with a NaN or infinite loss does: end the training, also where a GradScaler would only skip the
+        step, or count for nothing.
     seed : int, optional
         Seed of the noise. By default ``torch.initial_seed()`` of the first process at the first ``fit``. Noise depends
         on it and on ``trainer.global_step``, and it is in the checkpoint.
@@ -59,7 +64,8 @@ class PopulationCallback(Callback):
         Whether the members also share their dropout masks.
     log_statistics : bool
         Log ``population_loss_mean``, ``population_agreement`` and so on after every batch (see `statistics`), which
-        costs a device sync.
+        costs a device sync. Of a batch that adds to earlier ones, `agreement` and `sharpness` are NaN; under a
+        GradScaler, `sharpness` is that of the scaled loss.
 
     Raises
     ------
@@ -121,13 +127,13 @@ class PopulationCallback(Callback):
         self._state = {} if seed is None else {"seed": seed}
         self._log_statistics = log_statistics
         self._population: TrainersPopulation | None = None
-        self._statistics = PopulationStatistics()
+        self._read: Callable[[], PopulationStatistics] = PopulationStatistics
         self._uninstall: Callable[[], object] | None = None
 
     @property
     def statistics(self) -> PopulationStatistics:
         """What the members of the last batch said; reading it syncs with the device."""
-        return self._statistics if self._population is None else self._population.statistics
+        return self._read() if self._population is None else self._population.statistics
 
     # -- hooks of the Trainer ------------------------------------------------------------------------------------------
 
@@ -205,5 +211,5 @@ class PopulationCallback(Callback):
             self._uninstall = None
         if self._population is not None:
             self._state = self._population.own_state()
-            self._statistics = self._population.statistics
+            self._read = self._population.reader()
             self._population = None

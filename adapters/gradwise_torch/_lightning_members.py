@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from gradwise._statistics import PopulationStatistics
 from gradwise_torch._gradients import ClosureGradients
 from gradwise_torch._population import PopulationGradient
 
@@ -51,6 +53,10 @@ class TrainersPopulation(PopulationGradient):
         members = self._closure_of_members(closure, ClosureGradients, self._wrapped)
         self._streams += self.population.streams(self.population.size, paired=True)
         return members
+
+    def reader(self) -> Callable[[], PopulationStatistics]:
+        """What reads the statistics as they are now, later: an exception may have left the device in no state to."""
+        return partial(self._record.read, skipped=self._skipped)
 
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the Trainer's own state."""
