@@ -27,7 +27,7 @@ def run_workers(folder: Path, processes: int) -> list[dict[str, Any]]:
         for rank in range(processes)
     ]
     try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
+        errors = [worker.communicate(timeout=120)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()  # does nothing to those that have ended
@@ -214,6 +214,13 @@ def test_hooks_of_the_users_run_once_per_member(two: list[dict[str, Any]]) -> No
     check_close(two[0]["hooked"]["weights"], list(model.parameters()))
     assert two[0]["hooked"]["calls"] == 4  # two members, two steps
     assert two[0]["hooked"]["later calls"] == 1  # it is still there
+
+
+def test_all_members_start_from_the_buffers_of_the_first_process(two: list[dict[str, Any]]) -> None:
+    first, second = (rank["buffers"] for rank in two)
+    assert not torch.equal(first[0], second[0])  # each process had batches of its own
+    assert all(torch.equal(seen, first[0]) for seen in (*first[1:], *second[1:]))
+    assert len(first) == len(second) == 3
 
 
 def test_uneven_inputs(two: list[dict[str, Any]]) -> None:

@@ -232,6 +232,20 @@ def skipping() -> dict[str, Any]:
     return {"weights": weights(model), "skipped": optimizer.statistics.skipped}
 
 
+def buffers() -> list[Tensor]:
+    """Where batch normalisation's running mean stands when a member's forward reaches it, in the second step."""
+    model = regularised()
+    wrapped = DistributedDataParallel(model)
+    optimizer = PopulationGradient(
+        torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, sigma=0.3, seed=5, population_size=2
+    )
+    optimizer.step(closure_of(optimizer, wrapped, 0))
+    seen: list[Tensor] = [model[1].running_mean.clone()]
+    model[1].register_forward_pre_hook(lambda layer, _: seen.append(layer.running_mean.clone()))
+    optimizer.step(closure_of(optimizer, wrapped, 1))
+    return seen
+
+
 def several_wrappers() -> dict[str, Any]:
     model = nn.ModuleDict({"a": DistributedDataParallel(small()), "b": DistributedDataParallel(small())})
     optimizer = PopulationGradient(
@@ -262,6 +276,7 @@ def main() -> None:
             "accumulation in buckets": accumulation(True),
             "branches": branches(),
             "hooked": hooked(),
+            "buffers": buffers(),
             "uneven": uneven(),
             "plain loop": plain_loop(),
             "skipping": skipping(),
