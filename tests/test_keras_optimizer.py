@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -789,81 +786,6 @@ def test_constraints_hold_for_the_mean() -> None:
     assert np.any(numpy_of(constrained.kernel) < 0)  # a member
     model.optimizer.restore_mean()
     assert np.all(numpy_of(constrained.kernel) >= 0)
-
-
-# -- several devices ---------------------------------------------------------------------------------------------------
-
-DISTRIBUTED = """
-import contextlib, sys, warnings
-warnings.simplefilter("ignore")
-import keras, numpy as np
-from keras_cells import batches_of, compiled, data, fit, numpy_of
-from gradwise.keras import MeanWeights, PopulationGradient
-
-where, way = sys.argv[1:]
-devices = {"one": 1, "two": 2, "three": 3}[way]
-scope, found = contextlib.nullcontext, {}
-if keras.config.backend() == "tensorflow":
-    import tensorflow as tf
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 3)
-    if devices > 1:
-        scope = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)]).scope
-elif devices > 1:
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
-    assert len(keras.distribution.list_devices()) == devices
-x, y = data(12)
-for name in {"one": ["sequential", "scaled"], "two": ["scaled"], "three": ["sequential"]}[way]:
-    with scope():
-        optimizer = PopulationGradient(keras.optimizers.Adam(0.05), 0.3, seed=5)
-        outer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**4) if name == "scaled" else optimizer
-        model = compiled("sequential", outer)
-        start = [np.cos(np.arange(w.size)).reshape(w.shape) for w in model.get_weights()]
-        model.set_weights(start)
-    look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: same(model, optimizer))
-    if devices > 1 and keras.config.backend() == "tensorflow":
-        def same(model, optimizer):
-            for variable in [*model.trainable_variables, *optimizer._means, optimizer._away]:
-                one, *others = variable.value.values
-                assert len(others) == devices - 1
-                for other in others:
-                    np.testing.assert_array_equal(one.numpy(), other.numpy())
-    else:
-        def same(model, optimizer):
-            pass
-    history = fit(model, x, y, look, MeanWeights(), batch_size=6, epochs=2, validation_data=(x, y))
-    found |= {f"{name} {key}": np.array(values) for key, values in history.items()}
-    model.train_on_batch(x[:6], y[:6])
-    for time in ("member", "mean"):
-        found |= {f"{name} {time} {i}": numpy_of(v) for i, v in enumerate(model.trainable_variables)}
-        optimizer.restore_mean()
-        same(model, optimizer)
-    model.optimizer.learning_rate = 0.0
-    model.set_weights(start)
-    model.train_on_batch(x[:6], y[:6])
-    found |= {f"{name} exactly {i}": numpy_of(v) for i, v in enumerate(model.trainable_variables)}
-np.savez(where, **found)
-"""
-
-
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras distributes it by hand-written loops only")
-def test_several_devices_train_as_one(tmp_path: Path) -> None:
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    ways = ["one", "two"] if BACKEND == "jax" else ["one", "two", "three"]
-    running = [
-        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(tmp_path / f"{way}.npz"), way], env=environment)
-        for way in ways
-    ]
-    assert [program.wait(timeout=300) for program in running] == [0] * len(ways)
-    one, *others = [np.load(tmp_path / f"{way}.npz") for way in ways]
-    for other in others:
-        assert len(other.files) >= 10
-        for name in other.files:
-            if "exactly" in name:  # a member around the same mean
-                np.testing.assert_array_equal(other[name], one[name], err_msg=name)
-            else:
-                np.testing.assert_allclose(other[name], one[name], rtol=2e-4, atol=2e-6, err_msg=name)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
