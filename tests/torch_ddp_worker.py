@@ -1,6 +1,7 @@
 """What each process of test_torch_ddp_population.py does: ``python torch_ddp_worker.py folder rank size``."""
 
 import sys
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -246,6 +247,22 @@ def buffers() -> list[Tensor]:
     return seen
 
 
+def at_once() -> dict[str, Any]:
+    """What vmap computes is not reduced by DDP, so it must not be taken, whoever asks for it."""
+    result: dict[str, Any] = {}
+    for vectorize in ("auto", "vmap", "loop"):
+        model = small()
+        wrapped = DistributedDataParallel(model)
+        optimizer = PopulationGradient(
+            torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, sigma=0.3, seed=5, population_size=2
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.backward(mse, *batch(0, RANK), vectorize=vectorize)
+        result[vectorize] = {"gradients": gradients(model), "warnings": [str(w.message) for w in caught]}
+    return result
+
+
 def several_wrappers() -> dict[str, Any]:
     model = nn.ModuleDict({"a": DistributedDataParallel(small()), "b": DistributedDataParallel(small())})
     optimizer = PopulationGradient(
@@ -277,6 +294,7 @@ def main() -> None:
             "branches": branches(),
             "hooked": hooked(),
             "buffers": buffers(),
+            "at once": at_once(),
             "uneven": uneven(),
             "plain loop": plain_loop(),
             "skipping": skipping(),

@@ -39,7 +39,9 @@ class BatchOptimizer(MemberOptimizer):
         """Add the mean gradient of the population to ``.grad``, as ``loss.backward()`` adds that of one model.
 
         Clipping, accumulation over several batches and ``scaler.scale`` (inside `loss_fn`) therefore work as they
-        always do, and so must ``zero_grad``. Every call has members of its own until the next step.
+        always do, and so must ``zero_grad``. Every call has members of its own until the next step. With a `model` in
+        DistributedDataParallel, processes average the mean of their members once, after the last one, and not at all
+        inside of its ``no_sync``.
 
         Parameters
         ----------
