@@ -69,12 +69,12 @@ def main():
     model, optimizer = make(mesh, seed=0)
     train(model, optimizer, range(STEPS // 2))
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder[0])
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder[0])  # type: ignore[reportPrivateImportUsage]
     loss = train(model, optimizer, range(STEPS // 2, STEPS))
 
     resumed, its_optimizer = make(mesh, seed=1)  # other weights, other noise
     model_state, optimizer_state = get_state_dict(resumed, its_optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder[0])
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder[0])  # type: ignore[reportPrivateImportUsage]
     set_state_dict(resumed, its_optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     train(resumed, its_optimizer, range(STEPS // 2, STEPS))
 

@@ -16,13 +16,15 @@ from gradwise._population import Population
 
 __all__ = ["Shard", "dtensor_of", "is_dtensor", "local_of", "shards_of", "version_of", "whole_scales"]
 
+_PLAIN = frozenset((Tensor, nn.Parameter))  # what nearly all tensors are; these questions are asked often
+
 Places = tuple[int, int] | Tensor
 """Which indices of an axis: from where to where, or each of them."""
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether the tensor is spread over processes."""
-    if type(tensor) is Tensor or type(tensor) is nn.Parameter:  # first: this is asked for every tensor
+    if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -31,13 +33,15 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local_of(tensor: Any) -> Tensor:
     """What this process holds of a DTensor, without autograd: writing to it writes to the DTensor. Else the tensor."""
     # Not to_local(), which makes a new view of a parameter, with a version counter that nobody else advances.
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    return tensor if type(tensor) in _PLAIN or not is_dtensor(tensor) else tensor._local_tensor
 
 
 def version_of(tensor: Any) -> int:
     """A number that grows when anybody writes to the tensor, or to what this process holds of it."""
     # Operations on a DTensor count for it alone, and those on its local tensor for that one.
-    return tensor._version + tensor._local_tensor._version if is_dtensor(tensor) else tensor._version
+    if type(tensor) in _PLAIN or not is_dtensor(tensor):
+        return tensor._version
+    return tensor._version + tensor._local_tensor._version
 
 
 def dtensor_of(local: Tensor, like: Any) -> Tensor:
