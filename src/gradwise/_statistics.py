@@ -16,6 +16,12 @@ class PopulationStatistics:
     Of a tensor with more than 131072 weights, `agreement`, `sharpness` and `relative_sigma` of a loop over members see
     a contiguous eighth (or about 65536 weights, if that is more), which is drawn anew for every step.
 
+    Nothing is sent between processes for them: where processes have members of their own (DDP, replicas of HSDP), each
+    sees its own. Of a tensor that is sharded (FSDP2, tensor parallelism), a process sees its shard, and takes the whole
+    for as many times that as there are shards: `agreement` and `relative_sigma` are then ratios over a part of the
+    numbers, and the mean of `sharpness` over the processes is that of the whole. `loss_mean` and `loss_spread` are
+    those of the process's own rows.
+
     Attributes
     ----------
     loss_mean : float
