@@ -54,13 +54,12 @@ class MemberGradients:
         """Take in a member's gradients, as a fraction of all so far; return their squared norm."""
         produced = [parameter.grad for parameter in self._parameters]
         if fraction == 1:
-            self._mean = [None if gradient is None else self._kept(gradient).detach() for gradient in produced]
+            # The next member may write to the same storage: a bucket, or what a CUDA graph leaves its results in, which
+            # no property of the tensor tells.
+            self._mean = [None if gradient is None else gradient.detach().clone() for gradient in produced]
         else:
             self._mean = _means(self._mean, produced, fraction)
         return square_norm(produced, self._probe)
-
-    def _kept(self, gradient: Tensor) -> Tensor:
-        return gradient.clone()  # the next member may write to the same storage
 
     def finish(self) -> Tensor:
         """Leave the result in ``.grad``; return the squared norm of the members' mean."""
@@ -157,9 +156,6 @@ class AddedGradients(MemberGradients):
             if given is not None and start is not None and start is not given:
                 given.copy_(start)
             parameter.grad = given
-
-    def _kept(self, gradient: Tensor) -> Tensor:
-        return gradient.clone() if is_view(gradient) else gradient
 
     def _make_room(self) -> None:
         """What was there before."""
