@@ -84,7 +84,7 @@ def population(devices: int, kind: str = "built", *, sharded: bool = False) -> d
         before: list[Any] = []
         if kind == "fails":
             batch_size = len(x)
-            y[7] = np.inf
+            y[[7, 12]] = np.inf  # one row of each replica
             before = [numpy_of(v) for v in model.trainable_variables]
         history, raised = {}, ""
         callback = PopulationCallback(2, 0.3, sharded, seed=5)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,24 +169,30 @@ class Branches(nn.Module):
         return self.third(h) + (self.second(h) if self.use_second else 0)
 
 
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is traced runs as it is: generating and compiling C++ takes seconds for every program."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at those that have none
 def test_compiled_gradients_follow_what_is_used() -> None:
     """Unused parameters keep ``None``; frozen and thawed ones, and those used later, are noticed."""
     torch.manual_seed(0)
     model = Branches().double()
     optimizer = wrap(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where there is no compiler, vmap must do the same
-        optimizer.backward(mse, X, Y, vectorize="compile")
-        assert model.second.weight.grad is None
-        optimizer.zero_grad()
-        model.first.requires_grad_(False)
-        optimizer.backward(mse, X, Y, vectorize="compile")
-        assert model.third.weight.grad is not None
-        assert model.second.weight.grad is None
-        optimizer.zero_grad()
-        model.use_second = True
-        optimizer.backward(mse, X, Y, vectorize="compile")
-        assert model.second.weight.grad is not None
+    optimizer.backward(mse, X, Y, vectorize="compile")
+    assert model.second.weight.grad is None
+    optimizer.zero_grad()
+    model.first.requires_grad_(False)
+    optimizer.backward(mse, X, Y, vectorize="compile")
+    assert model.third.weight.grad is not None
+    assert model.second.weight.grad is None
+    optimizer.zero_grad()
+    model.use_second = True
+    optimizer.backward(mse, X, Y, vectorize="compile")
+    assert model.second.weight.grad is not None
 
 
 @pytest.mark.parametrize("name", ["backward", "member", "mean", "step", "step with closure"])
@@ -449,6 +456,8 @@ def test_torchs_stream_is_left_alone(path: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["returned", "in place"])
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at those that have none
 def test_auto_compiles_for_a_compiled_model(how: str) -> None:
     """Also where torch.compile has wrapped the model, which cannot be compiled twice."""
     net = mlp()
@@ -461,9 +470,7 @@ def test_auto_compiles_for_a_compiled_model(how: str) -> None:
     for path in ("auto", "loop"):
         optimizer.zero_grad()
         optimizer._streams = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where there is no compiler, vmap must do the same
-            optimizer.backward(mse, X, Y, vectorize=path)
+        optimizer.backward(mse, X, Y, vectorize=path)
         results.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
