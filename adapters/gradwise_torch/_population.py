@@ -16,6 +16,7 @@ from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
 from gradwise_torch._batch_optimizer import BatchOptimizer
 from gradwise_torch._gradients import AddedGradients, ClosureGradients, MemberGradients
 from gradwise_torch._member_loop import MemberLoop
+from gradwise_torch._seeds import choose_seed
 from gradwise_torch._trainer_closures import is_loop_body
 
 __all__ = ["PopulationGradient"]
@@ -42,8 +43,8 @@ class PopulationGradient(BatchOptimizer):
     ``backward(loss_fn, *batch)`` fills ``.grad``, vectorised or with the batch sharded over the members; the fastest.
     **By hand**: ``with optimizer.member(i):``.
 
-    A Lightning module in automatic optimization is an unchanged loop: the closure that the Trainer passes to ``step`` is
-    its own, and runs once.
+    A Lightning module in automatic optimization is an unchanged loop: the closure that the Trainer passes to ``step``
+    is its own, and runs once.
 
     Parameters
     ----------
@@ -71,7 +72,8 @@ class PopulationGradient(BatchOptimizer):
     on_nonfinite : {"raise", "skip"}
         What a member with a NaN or infinite loss does to ``step(closure)``.
     seed : int, optional
-        Seed of the noise. By default ``torch.initial_seed()``, plus one for each living wrapper that has that already.
+        Seed of the noise. By default ``torch.initial_seed()``, plus one for each living wrapper that has that already;
+        the lowest of those of the processes where `model` is in DistributedDataParallel or sharded.
     share_masks : bool
         Whether members that share a batch also share its dropout masks. Either way torch's random stream ends up where
         one plain step leaves it.
@@ -79,7 +81,8 @@ class PopulationGradient(BatchOptimizer):
     Raises
     ------
     TypeError, ValueError
-        Bad arguments, by name; a `model` that does not own the perturbed parameters; no parameters at all.
+        Bad arguments, by name; a `model` that does not own the perturbed parameters; no parameters at all; different
+        seeds in processes that hold shards of one model.
 
     Examples
     --------
@@ -131,7 +134,7 @@ class PopulationGradient(BatchOptimizer):
             scale=scale,
             noise=noise,
             antithetic=antithetic,
-            seed=_free_seed() if seed is None else seed,
+            seed=choose_seed(seed, [living.population.seed for living in _LIVING], model, self._parameters()),
         )
         self._norm_statistics: Literal["mean", "recalibrate"] = norm_statistics
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
@@ -319,14 +322,6 @@ class PopulationGradient(BatchOptimizer):
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _free_seed() -> int:
-    taken = {optimizer.population.seed for optimizer in _LIVING}
-    seed = torch.initial_seed() % 2**63
-    while seed in taken:
-        seed += 1
-    return seed
 
 
 def _check_arguments(inner_optimizer: Any, model: Any, perturb: Any, norm_statistics: Any, on_nonfinite: Any) -> None:
