@@ -1,6 +1,7 @@
 """The population gradient of sharded models (FSDP2, HSDP, tensor parallelism): what one process would do."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +11,25 @@ from torch.utils import _pytree as pytree
 from torch_shard_cells import SAME, Whole, block_of_one_process, first_member, replicas_by_hand, run
 
 TWO = (*SAME, "plain", "options", "mean_weights", "errors", "one_reads")
-FOUR = ("unchanged_loop", "closures", "options", "mean_weights", "replicas", "tensor_parallel", "only_tensor_parallel")
+FOUR = ("unchanged_loop", "options", "mean_weights", "replicas", "tensor_parallel", "only_tensor_parallel")
 Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run("torch_shard_cells.py", tmp_path_factory.mktemp("two"), 2, *TWO)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by four processes, loaded by two."""
+    return tmp_path_factory.mktemp("checkpoint")
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run("torch_shard_cells.py", tmp_path_factory.mktemp("four"), 4, *FOUR)
+def four(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run(tmp_path_factory.mktemp("four"), 4, *FOUR, f"save:{checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def two(four: Results, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    del four
+    return run(tmp_path_factory.mktemp("two"), 2, *TWO, f"load:{checkpoint}")
 
 
 def assert_close(got: Any, expected: Any) -> None:
@@ -143,3 +151,28 @@ def test_tensor_parallel_processes_share_a_member(four: Results) -> None:
     assert equal(alone[2], alone[3])
     assert not torch.equal(alone[0][0], alone[2][0])
     assert_close(alone[0], expected["members"][0])  # the member of one process is that of the first pair
+
+
+def test_a_checkpoint_between_forward_and_step_holds_the_mean(four: Results, two: Results) -> None:
+    for result in (each["save"] for each in four):
+        assert result["member_in_place"]
+        assert equal(result["resumed"]["loaded"], result["mean"])
+    assert equal(two[0]["load"]["loaded"], four[0]["save"]["mean"])
+
+
+def test_resuming_a_checkpoint_is_exact(four: Results) -> None:
+    for result in (each["save"] for each in four):
+        assert equal(result["resumed"]["weights"], result["weights"])
+        assert equal(result["resumed"]["moments"], result["moments"])
+
+
+def test_half_as_many_processes_go_on_from_a_checkpoint_with_the_same_members(four: Results, two: Results) -> None:
+    for result in (each["load"] for each in two):
+        for name in ("weights", "moments"):
+            for got, expected in zip(result[name], four[0]["save"][name], strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)  # sums in another order
+
+
+def test_asking_for_a_state_before_the_first_step_changes_no_member(four: Results) -> None:
+    for result in (each["save"] for each in four):
+        assert equal(result["untouched"]["asked"], result["untouched"]["not asked"])

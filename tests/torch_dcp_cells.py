@@ -1,8 +1,5 @@
-"""Distributed checkpoints of sharded models: ``python torch_dcp_cells.py FOLDER RANK WORLD CASE CHECKPOINT``."""
+"""Distributed checkpoints of sharded models: more cases for torch_shard_cells.py, with the checkpoint's folder."""
 
-import sys
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,21 +94,3 @@ def fresh(here: Any) -> dict[str, list[Tensor]]:
         train(here, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), range(3))
         result[name] = weights(model)
     return result
-
-
-def main() -> None:
-    from torch import distributed as dist
-
-    folder, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    cases: dict[str, Callable[[Any, str], dict[str, Any]]] = {"save": save, "load": load}
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", module="gradwise")
-    warnings.filterwarnings("error", message=".*saw no member.*")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.save(cases[sys.argv[4]](Sharded(rank, world), sys.argv[5]), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """What runs twice in the tests of sharded models: whole in one process (the oracle), and in each process of several.
 
-``python torch_shard_cells.py FOLDER RANK WORLD CASE...`` runs cases in one process of several.
+``python torch_shard_cells.py FOLDER RANK WORLD CASE...`` runs cases in one process of several. ``save:CHECKPOINT`` and
+``load:CHECKPOINT`` are those of torch_dcp_cells.py.
 """
 
 import contextlib
@@ -80,9 +81,9 @@ class Sharded(Whole):
         getattr(model, setter)(*args)
 
 
-def run(script: str, folder: Path, world: int, *args: str) -> list[dict[str, Any]]:
+def run(folder: Path, world: int, *args: str) -> list[dict[str, Any]]:
     """What each of several processes saved."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    command = [sys.executable, __file__, str(folder)]
     workers = [
         subprocess.Popen([*command, str(rank), str(world), *args], stderr=subprocess.PIPE, text=True)
         for rank in range(world)
@@ -567,6 +568,7 @@ CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def main() -> None:
+    import torch_dcp_cells  # which imports this file
     from torch import distributed as dist
 
     folder, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -575,7 +577,12 @@ def main() -> None:
     warnings.filterwarnings("default", module="torch")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     here = Sharded(rank, world)
-    torch.save({case: CASES[case](here) for case in sys.argv[4:]}, f"{folder}/{rank}.pt")
+    checkpoints = {"save": torch_dcp_cells.save, "load": torch_dcp_cells.load}
+    result: dict[str, Any] = {}
+    for case in sys.argv[4:]:
+        name, _, checkpoint = case.partition(":")
+        result[name] = checkpoints[name](here, checkpoint) if checkpoint else CASES[name](here)
+    torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
