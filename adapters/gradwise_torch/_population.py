@@ -17,6 +17,7 @@ from gradwise_torch._batch_optimizer import BatchOptimizer
 from gradwise_torch._gradients import AddedGradients, ClosureGradients, MemberGradients
 from gradwise_torch._member_loop import MemberLoop
 from gradwise_torch._seeds import choose_seed
+from gradwise_torch._shards import local_of
 from gradwise_torch._trainer_closures import is_loop_body
 
 __all__ = ["PopulationGradient"]
@@ -309,8 +310,9 @@ class PopulationGradient(BatchOptimizer):
         return self._record.read(skipped=self._skipped)
 
     def _only_makes_state(self) -> bool:
-        """Whether this is the step at learning rate 0 by which a distributed checkpoint makes the inner state."""
-        return not self._saw_member and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
+        """Whether this is the step by which a distributed checkpoint makes the inner state: of nothing, at rate 0."""
+        still = not self._saw_member and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
+        return still and not any(p.grad is not None and bool(local_of(p.grad).any()) for p in self._parameters())
 
     def _check_saw_member(self) -> None:
         if self.model is not None and not self._saw_member and not self._warned_no_member:
