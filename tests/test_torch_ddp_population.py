@@ -124,7 +124,7 @@ def test_one_reduction_is_the_mean_over_members_and_processes(ranks: list[dict[s
         x, y = batch(0, rank)
         shards, sizes = [(x, y)] * MEMBERS, [1] * MEMBERS
         if way == "sharded":  # process 0 has three rows for its four members: there are three of them
-            rows = torch.arange(3 + rank).tensor_split(min(MEMBERS, 3 + rank))
+            rows = torch.arange(3 + 2 * rank).tensor_split(min(MEMBERS, 3 + 2 * rank))
             shards, sizes = [(x[r], y[r]) for r in rows], [len(r) for r in rows]
         members = [member_gradients(model, i, rank, *shard, paired=way != "sharded") for i, shard in enumerate(shards)]
         means.append(mean_of(members, sizes))

@@ -80,7 +80,7 @@ def members_of_one_step() -> dict[str, Any]:
             optimizer.step(closure_of(optimizer, wrapped, 0))
         else:
             x, y = batch(0, RANK)
-            rows = slice(3 + RANK if way == "sharded" else None)  # process 0 has three rows for its members
+            rows = slice(3 + 2 * RANK if way == "sharded" else None)  # process 0 has three rows for its members
             optimizer.backward(mse, x[rows], y[rows], sharded=way == "sharded", vectorize="loop")
         statistics = optimizer.statistics
         result[way] = gradients(model)
