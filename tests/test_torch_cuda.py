@@ -133,27 +133,28 @@ class _Replay(torch.autograd.Function):
         del parameters
         ctx.captured = captured
         with torch.enable_grad():
-            captured.graph = captured.model(x)
+            captured.graph = torch.func.functional_call(captured.model, captured.memory, (x,))
             captured.output.copy_(captured.graph.detach())
         return captured.output.detach()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
         captured: Captured = ctx.captured
-        gradients = torch.autograd.grad(captured.graph, list(captured.model.parameters()), outer)
+        gradients = torch.autograd.grad(captured.graph, list(captured.memory.values()), outer)
         for buffer, gradient in zip(captured.gradients, gradients, strict=True):
             buffer.copy_(gradient)
         return None, None, *[buffer.detach() for buffer in captured.gradients]
 
 
 class Captured(nn.Module):
-    """What `torch.cuda.make_graphed_callables` makes of a model: output and gradients keep their memory."""
+    """What `torch.cuda.make_graphed_callables` makes of a model: weights, output and gradients keep their memory."""
 
     graph: Tensor
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.memory = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
         self.output = model(x).detach()
         self.gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
 
