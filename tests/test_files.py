@@ -83,6 +83,7 @@ def test_a_study_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     with room_for(20), pytest.raises(OSError, match="File too large"):
         Journal(path, "data")
+    assert not path.exists()
     journal = Journal(path, "data")
     trainings = {Job(capacity, 0, 0, True): Training(0.5, 0.1, True, 1.0) for capacity in range(30)}
     first, *others = trainings.items()

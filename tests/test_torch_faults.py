@@ -76,6 +76,7 @@ def test_ranks_whose_peer_is_gone_stop_soon_at_the_mean(job: Job, killed: tuple[
     later = {"in the inner step": DEATH + 1, "in the save": 2 * EVERY}
     assert stopped["step"] == later.get(job.place, DEATH)
     assert_alike(stopped["mean"], whole["history"][stopped["step"]])
+    assert not torch.equal(stopped["raw"][0], stopped["mean"]["0.weight"])  # the member is still there; it is not shown
 
 
 def assert_alike(left: Any, right: Any) -> None:
@@ -184,6 +185,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """A state of another optimizer after a step, with a change of its first group."""
     model, optimizer = setup(seed=8)
     unchanged(model, optimizer)
+    optimizer.param_groups[0]["lr"] = 9.0
     state = optimizer.state_dict()
     change(state["param_groups"][0])
     return state

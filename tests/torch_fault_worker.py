@@ -202,8 +202,9 @@ def work(job: Job, rank: int, name: str) -> None:
         "error": error,
         "seconds": time.monotonic() - start,
         "step": training.step,
-        "mean": training.plain.state_dict(),  # before anything that ends the member
-        "raw": [parameter.detach() for parameter in training.plain.parameters()],
+        # Copies, before anything that ends the member.
+        "mean": {name: value.clone() for name, value in training.plain.state_dict().items()},
+        "raw": [parameter.detach().clone() for parameter in training.plain.parameters()],
         "optimizer": training.optimizer.state_dict(),
         "stream": torch.get_rng_state(),
         "history": training.history,

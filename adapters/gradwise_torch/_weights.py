@@ -191,15 +191,8 @@ class Weights:
             for mean, tensor in zip(self._mean, here, strict=True):
                 mean.copy_(tensor)
 
-    def _restore(self) -> None:
-        try:
-            self._copy_back()
-        finally:
-            if self.in_place:  # interrupted
-                self._copy_back()
-
     @torch.no_grad()
-    def _copy_back(self) -> None:
+    def _restore(self) -> None:
         if self.in_place:
             self._marks = None
             for parameter, mean in zip(self._parameters, self._mean, strict=True):
