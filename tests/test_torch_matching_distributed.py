@@ -94,7 +94,7 @@ for step in range(3):  # the unchanged loop
 population = [parameter.detach().clone() for parameter in model.parameters()]
 
 refused = []
-for how in ("module", "inside a module", "bound method", "function", "outputs", "outputs again"):
+for how in ("module", "inside a module", "bound method", "function", "outputs", "outputs again", "module later"):
     if how != "outputs again":
         static = DistributedDataParallel(model, static_graph=True)
         matching = GradientMatching().fit(x, y, target)
@@ -106,8 +106,10 @@ for how in ("module", "inside a module", "bound method", "function", "outputs", 
         "function": lambda: matching(lambda x: static(x) * 1, at, target[rows]),
         "outputs": lambda: matching.from_outputs(static(at) * 1, wrt=at, target=target[rows]),
     }
+    if how == "module later":  # after the first backward pass DDP's node is in the graph no more
+        static(at).sum().backward()
     try:
-        calls[how.removesuffix(" again")]()
+        calls[how.removesuffix(" again").removesuffix(" later")]()
     except ValueError as error:
         refused.append((how, str(error)))
 result = {"one step": one_step, "trained": trained, "together": together, "population": population, "refused": refused}
@@ -231,5 +233,6 @@ def test_a_static_graph_is_refused(folder):
             "function",
             "outputs",
             "outputs again",
+            "module later",
         ]
         assert all("Use static_graph=False" in message for _, message in refused)
