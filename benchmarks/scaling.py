@@ -66,13 +66,19 @@ def ddp(problem: Problem) -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimi
 
 
 def fsdp(problem: Problem) -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimizer]:
-    """Every layer that has weights of its own is a unit."""
+    """Every dense, convolutional or encoder layer is a unit."""
     from torch.distributed.fsdp import fully_shard
 
     model, x, y = problem.model_and_batch()
-    for layer in list(model.modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d | nn.TransformerEncoderLayer):
-            fully_shard(layer)
+
+    def shard(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.TransformerEncoderLayer):
+            fully_shard(module)
+        else:
+            for child in module.children():
+                shard(child)
+
+    shard(model)
     fully_shard(model)
     return model, x, y, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -111,7 +117,7 @@ def population(problem: Problem, *, sharded: bool) -> Step:
 
     def on_shards() -> None:
         optimizer.zero_grad()
-        optimizer.step_batch(cross_entropy, x, y, sharded=True)
+        optimizer.step_batch(cross_entropy, x, y, sharded=True, vectorize="loop")  # the only way under DDP
 
     return on_shards if sharded else lambda: optimizer.step(closure)
 
@@ -287,14 +293,17 @@ def _timed(cell: Mapping[str, Any], way: str, key: str) -> str:
 def _communication_table(by_ranks: Mapping[str, Any]) -> str:
     ranks = "2" if "2" in by_ranks else next(iter(by_ranks))
     cells: dict[str, Any] = by_ranks[ranks]["cells"]
-    header = [f"one step of one of {ranks} ranks", *(f"{name}: collectives; peak memory" for name in cells)]
+    header = [f"one step, N = {ranks}", *(f"{name}: collectives; peak memory" for name in cells)]
     rows: list[list[str]] = []
     for way in WAYS:
         row = [way]
         for cell in cells.values():
             kinds = cell["ways"][way]["collectives"]
             said = ", ".join(f"{count} {kind} ({_size(size)})" for kind, (count, size) in kinds.items())
-            row.append(f"{said or 'none'}; {cell['ways'][way]['peak'] / cell['weights']:.2f}")
+            reference = REFERENCES.get(way)
+            before = 0 if reference is None else cell["ways"][reference]["peak"]
+            peak = (cell["ways"][way]["peak"] - before) / cell["weights"]
+            row.append(f"{said or 'none'}; {peak:.2f}" if reference is None else f"{said or 'none'}; {peak:+.2f}")
         rows.append(row)
     return markdown(header, rows)
 
