@@ -1,5 +1,8 @@
 """The population gradient of sharded models (FSDP2, HSDP, tensor parallelism): what one process would do."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,3 +179,12 @@ def test_half_as_many_processes_go_on_from_a_checkpoint_with_the_same_members(fo
 def test_asking_for_a_state_before_the_first_step_changes_no_member(four: Results) -> None:
     for result in (each["save"] for each in four):
         assert equal(result["untouched"]["asked"], result["untouched"]["not asked"])
+
+
+def test_the_example_resumes_bit_for_bit() -> None:
+    example = Path(__file__).parents[1] / "examples" / "fsdp.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from the checkpoint: the same weights, bit for bit" in done.stdout
