@@ -277,12 +277,14 @@ class PoppingPopulationTrainer(PopulationTrainerMixin, PoppingTrainer):
 def test_mixin_works_with_the_default_optimizer_and_custom_trainers(tmp_path: Path) -> None:
     rows = [{**row, "weight": torch.tensor(1.0)} for row in sentences(8)]
     args = arguments(tmp_path, remove_unused_columns=False, seed=11)
+    other = nn.Linear(2, 2)
+    living = PopulationGradient(torch.optim.SGD(other.parameters(), lr=0.1), seed=11)
     trainer = PoppingPopulationTrainer(bert(), args, train_dataset=rows, population_size=2)
     assert trainer.population is None
     trainer.train()
     population = population_of(trainer)
     assert trainer.population is population
-    assert population.population.seed == 11  # that of the arguments, whatever else lives in this process
+    assert population.population.seed == living.population.seed == 11  # the arguments', whatever else has it
     assert isinstance(population.inner_optimizer, torch.optim.AdamW)
     assert len(population.param_groups) == 2  # with and without weight decay, as the Trainer makes them
     assert population._step == 2
