@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-EPOCHS = 8
+EPOCHS = 12
 
 
 def start(checkpoint: Path, *options: str) -> subprocess.Popen[str]:
