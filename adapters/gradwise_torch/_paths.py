@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradwise_torch._shards import is_dtensor
+
 __all__ = ["PATHS", "automatic_path", "obstacle"]
 
 PATHS = ("auto", "loop", "vmap", "compile")
@@ -39,6 +41,8 @@ def automatic_path(model: nn.Module, of_model: Sequence[Tensor], rows: int, *, s
     -------
     {"loop", "vmap", "compile"}
     """
+    if _distributed(model, of_model):
+        return "loop"
     trainable = [parameter.numel() for parameter in of_model if parameter.requires_grad]
     weights = sum(trainable)
     if weights > min(MOST_WEIGHTS, MOST_WEIGHTS_PER_TENSOR * len(trainable)):
@@ -68,9 +72,9 @@ def obstacle(
     sharded : bool
         Whether every member has rows of its own.
     """
+    if _distributed(model, of_model):
+        return "the model is distributed, and its gradients would not be reduced"
     for module in model.modules():
-        if isinstance(module, _DISTRIBUTED) or type(module).__name__ == "FullyShardedDataParallel":
-            return "the model is distributed, and its gradients would not be reduced"
         if module._backward_hooks or module._backward_pre_hooks:
             return "a module has a backward hook, which would not run"
         if sharded and isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -81,13 +85,15 @@ def obstacle(
     if any(_hooked(parameter) for parameter in of_model):
         return "a parameter has a gradient hook, which would not run once per member"
     if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in of_model):
-        return "a parameter is a tensor subclass, such as those of sharded models"
+        return "a parameter is a tensor subclass"
     if len({parameter.device for parameter in of_model}) > 1:
         return "the model is on several devices"
     return None
 
 
-_DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+def _distributed(model: nn.Module, of_model: Sequence[Tensor]) -> bool:
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return any(isinstance(m, wrappers) for m in model.modules()) or any(is_dtensor(p) for p in of_model)
 
 
 def _hooked(parameter: Any) -> bool:
