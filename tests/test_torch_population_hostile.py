@@ -527,3 +527,19 @@ def test_sparse_gradients_at_sigma_zero_equal_the_inner_optimizer() -> None:
         return [embedding.weight.detach(), *inner.state[embedding.weight].values()]
 
     assert_same(run(True), run(False))
+
+
+def test_a_training_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    before = model.weight.detach().clone()
+    with monkeypatch.context() as capturing:
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            capturing.setattr(torch.cuda, name, lambda: True)  # what a GPU would say
+        with pytest.raises(RuntimeError, match="every replay would be the same member"):
+            model(torch.ones(1, 3))
+        with pytest.raises(RuntimeError, match="every replay"), optimizer.member(0):
+            pass
+    assert torch.equal(model.weight, before)
+    model(torch.ones(1, 3))
+    assert not torch.equal(model.weight, before)

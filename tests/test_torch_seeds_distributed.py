@@ -16,6 +16,9 @@ from gradwise.torch import PopulationGradient
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
+early = nn.Linear(4, 4)
+torch.nn.init.constant_(early.weight, 1.0)
+made_early = PopulationGradient(torch.optim.SGD(early.parameters(), lr=0.1), early, sigma=0.1, seed=0)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 torch.manual_seed(2**63 + 10 - rank)  # the second process has the lower one
 alone = nn.Linear(4, 4)
@@ -27,7 +30,9 @@ fully_shard(shards)
 def wrap(model, **options):
     return PopulationGradient(torch.optim.SGD(model.parameters(), lr=0.1), model, sigma=0.1, **options)
 
-found = {"alone": (kept := wrap(alone)).population.seed, "replica": (other := wrap(replica)).population.seed}
+early(torch.ones(2, 4))
+found = {"early": early.weight.detach()}
+found |= {"alone": (kept := wrap(alone)).population.seed, "replica": (other := wrap(replica)).population.seed}
 sharded = wrap(shards)
 found["sharded"] = sharded.population.seed
 shards(torch.ones(2, 4))
@@ -53,6 +58,7 @@ def test_processes_that_share_a_model_share_the_seed(tmp_path: Path) -> None:
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert not torch.equal(first["early"], second["early"])  # members of the processes that there are by now
     assert (first["alone"], second["alone"]) == (10, 9)
     # One more than its own in the second process, whose seed is taken by the wrapper of `alone`.
     assert first["replica"] == second["replica"] == 10

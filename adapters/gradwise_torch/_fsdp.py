@@ -1,7 +1,7 @@
 """FSDP2 gathers weights and keeps them for a while: what it has gathered is stale once a member moves the shards.
 
-The only file that reaches into ``fully_shard``, whose public ``reshard()`` does nothing where weights are kept on
-purpose (after an interrupted forward, or while an all-gather is under way).
+Reaches into ``fully_shard`` (as `_sharded_models` does, for derivatives), whose public ``reshard()`` does nothing where
+weights are kept on purpose (after an interrupted forward, or while an all-gather is under way).
 """
 
 import sys

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradwise_torch._shards import is_dtensor
 
-__all__ = ["member_group"]
+__all__ = ["member_group", "process"]
 
 
 def member_group(parameters: Iterable[Tensor]) -> int:
@@ -24,17 +24,16 @@ def member_group(parameters: Iterable[Tensor]) -> int:
         All parameters of the model and of the optimizer, also those that are not perturbed: a tensor parallel layer
         must see the same member of the layer before it in all its processes.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    rank = process()
+    if rank < 0:
         return 0
-    rank = distributed.get_rank()
     divided: dict[Any, set[int]] = {}
     for parameter in parameters:
         if is_dtensor(parameter):
             tensor: Any = parameter
             axes = {axis for axis, placement in enumerate(tensor.placements) if hasattr(placement, "dim")}
             divided.setdefault(tensor.device_mesh, set()).update(axes)
-    lowest = list(range(distributed.get_world_size()))
+    lowest = list(range(torch.distributed.get_world_size()))
 
     def find(of: int) -> int:
         while lowest[of] != of:
@@ -47,6 +46,12 @@ def member_group(parameters: Iterable[Tensor]) -> int:
             for other in group:
                 lowest[find(other)] = first
     return sum(lowest[other] == other for other in range(find(rank)))
+
+
+def process() -> int:
+    """The rank of this process; -1 as long as it knows of no other."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else -1
 
 
 def _joined(mesh: Any, axes: set[int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradwise_torch._fsdp import Gathered, refuse_flat_parameters
-from gradwise_torch._member_groups import member_group
+from gradwise_torch._member_groups import member_group, process
 from gradwise_torch._shards import Shard, is_dtensor
 from gradwise_torch._weights import Entry
 
@@ -41,7 +41,7 @@ class Selection:
         self.gathered = Gathered(None)
         self._perturb = perturb
         self._names: dict[int, str] = {}  # by id; a parameter that has left the model keeps its name
-        self._seen: list[tuple[int, bool, bool]] | None = None
+        self._seen: tuple[int, list[tuple[int, bool, bool]]] | None = None
         self._entries: list[Entry] = []
         self._strict = self._complete = True
         self._warned: set[str] = set()
@@ -49,7 +49,8 @@ class Selection:
 
     def entries(self, groups: list[dict[str, Any]]) -> list[Entry]:
         """The entries to perturb; their index counts every parameter of every group."""
-        seen = [(id(p), bool(p.requires_grad), bool(is_lazy(p))) for group in groups for p in group["params"]]
+        of_groups = [(id(p), bool(p.requires_grad), bool(is_lazy(p))) for group in groups for p in group["params"]]
+        seen = (process(), of_groups)  # a trainer may join the processes after the optimizer was made
         if seen != self._seen:
             self._entries = self._select(groups)
             self._seen = seen if self._complete else None

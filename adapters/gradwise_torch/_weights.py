@@ -71,6 +71,12 @@ class Weights:
         gathered: Gathered,
     ) -> None:
         """Move every entry to ``mean + scale * noise``, having kept a copy of the mean; from one member to the next."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            msg = (
+                "a member must not begin while a CUDA graph is captured: every replay would be the same member. "
+                "Capture the model (torch.cuda.make_graphed_callables, torch.compile), not the training step"
+            )
+            raise RuntimeError(msg)
         gathered.check_before_member()
         if self.in_place:
             self._check_untouched()
