@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
-# What runs once more on each backend; everything together runs on JAX.
+# What runs once more on each backend; everything together runs on JAX. Whole files stay together (loadfile): tests that
+# share processes or a compiled step find it in one place.
 KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-further bench-speed bench-second-order bench-generative clean
+.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-further bench-speed bench-second-order bench-generative bench-scaling clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
@@ -19,6 +20,7 @@ help:
 	@echo "make bench-second-order   option gamma and forces along modes, second derivatives and directions (10 minutes)"
 	@echo "make bench-generative   a GAN with a teacher's gradients, and controls (a quarter of an hour; resumable)"
 	@echo "make bench-further   further training with a surrogate's derivatives; rates of check_derivatives (15 minutes)"
+	@echo "make bench-scaling   members under DDP and FSDP2 in 1, 2 and 4 processes: out/scaling.json (under ten minutes)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -34,9 +36,9 @@ types: .venv/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: .venv/.test
-	$(BIN)/python -m pytest --numprocesses auto
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses auto $(KERAS)
-	KERAS_BACKEND=torch $(BIN)/python -m pytest --numprocesses auto $(KERAS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(KERAS)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(KERAS)
 
 bench-speed: .venv/.bench
 	$(BIN)/python benchmarks/speed.py --compile --threads both
@@ -51,6 +53,9 @@ bench-ridge: .venv/.bench
 bench-capacity: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/capacity_evidence.py
 
+bench-scaling: .venv/.bench
+	$(BIN)/python benchmarks/scaling.py
+
 bench-generative: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/generative_study.py
 
@@ -58,7 +63,7 @@ bench-further: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/further_training_study.py
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/check_derivatives_rates.py
 
-bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order bench-generative bench-further
+bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order bench-generative bench-further bench-scaling
 	$(BIN)/python benchmarks/vectorize_rule.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
