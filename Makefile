@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 KERAS = src/gradwise/keras.py adapters/gradwise_keras $(wildcard tests/test_keras_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-further bench-speed bench-second-order bench-generative bench-scaling clean
+.PHONY: help demo test venv lint types unit bench bench-matching bench-ridge bench-capacity bench-further bench-speed bench-second-order bench-generative bench-scaling bench-population bench-population-quick clean
 
 help:
 	@echo "make demo    both plugins on real data: a table and out/demo.png (under 3 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-generative   a GAN with a teacher's gradients, and controls (a quarter of an hour; resumable)"
 	@echo "make bench-further   further training with a surrogate's derivatives; rates of check_derivatives (15 minutes)"
 	@echo "make bench-scaling   members under DDP and FSDP2 in 1, 2 and 4 processes: out/scaling.json (under ten minutes)"
+	@echo "make bench-population   where the population gradient helps: out/population.md (hours; resumable)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -53,6 +54,12 @@ bench-ridge: .venv/.bench
 bench-capacity: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/capacity_evidence.py
 
+bench-population: .venv/.bench
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m population.study
+
+bench-population-quick: .venv/.bench
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m population.study --quick
+
 bench-scaling: .venv/.bench
 	$(BIN)/python benchmarks/scaling.py
 
@@ -63,7 +70,7 @@ bench-further: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/further_training_study.py
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python benchmarks/check_derivatives_rates.py
 
-bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order bench-generative bench-further bench-scaling
+bench: bench-speed bench-matching bench-ridge bench-capacity bench-second-order bench-generative bench-further bench-scaling bench-population
 	$(BIN)/python benchmarks/vectorize_rule.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
