@@ -27,10 +27,10 @@ def bert(dropout: float = 0.1) -> BertForSequenceClassification:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=8,
-        num_labels=3,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
+    config.num_labels = 3
     return BertForSequenceClassification(config)
 
 
