@@ -165,7 +165,7 @@ def branches() -> dict[str, Any]:
 
 
 def hooked() -> dict[str, Any]:
-    """A gradient hook of the user's, and parameters of a second optimizer."""
+    """Gradient hooks of the user's, of both kinds, and parameters of a second optimizer."""
     model = small()
     wrapped = DistributedDataParallel(model)
     calls = []
@@ -174,7 +174,12 @@ def hooked() -> dict[str, Any]:
         calls.append(1)
         return 2 * gradient
 
+    def halve(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(0.5)
+
     model[0].weight.register_hook(double)
+    model[0].bias.register_post_accumulate_grad_hook(halve)
     first = PopulationGradient(
         torch.optim.SGD([model[0].weight, model[0].bias], lr=0.1), wrapped, sigma=0.3, seed=5, population_size=2
     )

@@ -104,7 +104,7 @@ def _nothing_new(parameter: Tensor) -> Tensor | None:
 
 
 def _backward(wrapper: DistributedDataParallel, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-    with torch.enable_grad(), _without_hooks(parameters):
+    with torch.enable_grad(), _without_hooks(wrapper, parameters):
         # Later nodes run first.
         outputs = _forward(wrapper, lambda: [parameter.expand_as(parameter) for parameter in parameters])
         torch.autograd.backward(outputs, gradients)
@@ -121,14 +121,18 @@ def _forward(wrapper: DistributedDataParallel, function: Callable[[], Any]) -> A
 
 
 @contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+def _without_hooks(wrapper: DistributedDataParallel, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradient hooks of the user's (masks, factors) have run for every member; once more would be once too often."""
-    dictionaries: list[Any] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    own = {handle.id for handle in getattr(wrapper, "_accum_grad_hooks", ())}  # by which DDP's "python_reducer" reduces
+    after: Any = [getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters]
+    dictionaries: list[Any] = [hooks for hooks in (*(p._backward_hooks for p in parameters), *after) if hooks]
     kept = [dict(hooks) for hooks in dictionaries]
     try:
         for hooks in dictionaries:
-            hooks.clear()
+            for key in hooks.keys() - own:
+                del hooks[key]
         yield
     finally:
         for hooks, before in zip(dictionaries, kept, strict=True):
+            hooks.clear()
             hooks.update(before)
