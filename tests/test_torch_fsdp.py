@@ -142,6 +142,12 @@ def test_each_replica_of_hsdp_is_a_member(four: Results) -> None:
     assert_close(four[0]["replicas"]["weights"], replicas_by_hand())
 
 
+def test_seeds_that_differ_along_one_axis_of_the_mesh_are_refused_in_all_processes(four: Results) -> None:
+    for result in four:
+        assert "`seed` must be the same in all processes" in result["replicas"]["refused"]
+        assert "[1, 2, 3]" in result["replicas"]["refused"]
+
+
 def test_tensor_parallel_processes_share_a_member(four: Results) -> None:
     expected = block_of_one_process()
     for rank in range(4):

@@ -470,7 +470,13 @@ def replicas(here: Sharded) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return unchanged_loop(Sharded(here.rank, here.world, mesh), perturb=None)
+    hsdp = Sharded(here.rank, here.world, mesh)
+    refused = ""
+    try:
+        wrapped(hsdp.net(), seed=(1, 2, 1, 3)[here.rank])  # along its first axis, process 0 meets no other seed
+    except ValueError as error:
+        refused = str(error)
+    return unchanged_loop(hsdp, perturb=None) | {"refused": refused}
 
 
 def replicas_by_hand() -> list[Tensor]:

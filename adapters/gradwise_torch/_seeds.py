@@ -27,16 +27,16 @@ def choose_seed(seed: int | None, taken: Iterable[int], model: nn.Module | None,
     chosen = _free(taken) if seed is None else seed
     sharded = [group for parameter in parameters if is_dtensor(parameter) for group in _groups_of(parameter)]
     replicated = [] if model is None or seed is not None else _groups_of_wrappers(model)
+    seeds = {chosen}
     for group in dict.fromkeys((*sharded, *replicated)):
-        seeds = _seeds_in(group, chosen)
-        if seed is not None and len(set(seeds)) > 1:
-            msg = (
-                f"`seed` must be the same in all processes that hold parts of one model; got {seeds}. "
-                "Members of replicas differ by themselves"
-            )
-            raise ValueError(msg)
-        chosen = min(seeds)
-    return chosen
+        seeds = _seeds_in(group, seeds)
+    if seed is not None and len(seeds) > 1:  # only now: others may wait for this process along another axis of the mesh
+        msg = (
+            f"`seed` must be the same in all processes that hold parts of one model; got {sorted(seeds)}. "
+            "Members of replicas differ by themselves"
+        )
+        raise ValueError(msg)
+    return min(seeds)
 
 
 def _free(taken: Iterable[int]) -> int:
@@ -56,7 +56,7 @@ def _groups_of_wrappers(model: nn.Module) -> list[Any]:
     return [m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)]
 
 
-def _seeds_in(group: Any, seed: int) -> list[int]:
-    seeds: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(seeds, seed, group)
-    return seeds
+def _seeds_in(group: Any, seeds: set[int]) -> set[int]:
+    everybodys: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everybodys, seeds, group)
+    return set().union(*everybodys)
