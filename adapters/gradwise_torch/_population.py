@@ -16,6 +16,7 @@ from gradwise_torch._amp import forget_scaling, loss_scaling, scaled_step
 from gradwise_torch._batch_optimizer import BatchOptimizer
 from gradwise_torch._gradients import AddedGradients, ClosureGradients, MemberGradients
 from gradwise_torch._member_loop import MemberLoop
+from gradwise_torch._population_arguments import check_arguments
 from gradwise_torch._seeds import choose_seed
 from gradwise_torch._shards import local_of
 from gradwise_torch._trainer_closures import is_loop_body
@@ -127,7 +128,7 @@ class PopulationGradient(BatchOptimizer):
         seed: int | None = None,
         share_masks: bool = True,
     ) -> None:
-        _check_arguments(inner_optimizer, model, perturb, norm_statistics, on_nonfinite)
+        check_arguments(inner_optimizer, model, perturb, norm_statistics, on_nonfinite)
         self.inner_optimizer = inner_optimizer
         population = Population(
             size=population_size,
@@ -324,31 +325,3 @@ class PopulationGradient(BatchOptimizer):
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _check_arguments(inner_optimizer: Any, model: Any, perturb: Any, norm_statistics: Any, on_nonfinite: Any) -> None:
-    if not isinstance(inner_optimizer, Optimizer) or isinstance(inner_optimizer, PopulationGradient):
-        got = inner_optimizer.__name__ if isinstance(inner_optimizer, type) else type(inner_optimizer).__name__
-        msg = (
-            "`inner_optimizer` must be an instance of a torch optimizer, such as "
-            f"torch.optim.AdamW(model.parameters()); got {got}"
-        )
-        raise TypeError(msg)
-    if not any(group["params"] for group in inner_optimizer.param_groups):
-        msg = "`inner_optimizer` must have parameters; its groups are empty. Build it from model.parameters()"
-        raise ValueError(msg)
-    if model is not None and not isinstance(model, nn.Module):
-        msg = f"`model` must be a torch.nn.Module or None; got {type(model).__name__}"
-        raise TypeError(msg)
-    if perturb is not None and not callable(perturb):
-        msg = f"`perturb` must be a callable perturb(name, parameter) -> bool, or None; got {perturb!r}"
-        raise TypeError(msg)
-    if norm_statistics not in ("mean", "recalibrate"):
-        msg = f'`norm_statistics` must be "mean" or "recalibrate"; got {norm_statistics!r}'
-        raise ValueError(msg)
-    if norm_statistics == "recalibrate" and model is None:
-        msg = '`norm_statistics="recalibrate"` needs `model`, whose forward it repeats at the mean weights'
-        raise ValueError(msg)
-    if on_nonfinite not in ("raise", "skip"):
-        msg = f'`on_nonfinite` must be "raise" or "skip"; got {on_nonfinite!r}'
-        raise ValueError(msg)
