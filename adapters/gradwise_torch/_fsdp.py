@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradwise_torch._fsdp_state import fsdp_module_class, param_groups, state_of
 from gradwise_torch._shards import is_dtensor
 
 __all__ = ["Gathered", "refuse_flat_parameters"]
@@ -26,9 +27,9 @@ class Gathered:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+        kind = fsdp_module_class()
         modules = [] if model is None or kind is None else [m for m in model.modules() if isinstance(m, kind)]
-        self._states = list({id(s): s for s in (m._get_fsdp_state() for m in modules)}.values())  # type: ignore[reportCallIssue] - FSDPModule has it
+        self._states = list({id(state): state for state in map(state_of, modules)}.values())
         self._owners: list[tuple[nn.Module, str, Tensor]] = []
 
     def watch(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -93,11 +94,7 @@ class Gathered:
             raise RuntimeError(msg)
 
     def _groups(self) -> list[Any]:
-        groups: list[Any] = []
-        for state in self._states:
-            several = getattr(state, "_fsdp_param_groups", None)  # torch 2.6 to 2.10 had one
-            groups += [state._fsdp_param_group] if several is None else several
-        return [group for group in groups if group is not None]
+        return [group for state in self._states for group in param_groups(state)]
 
 
 def refuse_flat_parameters(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch.autograd import Function
 
 from gradwise_torch._autograd_graph import graph_leaves, graph_nodes
+from gradwise_torch._fsdp_state import fsdp_module_class, param_groups, state_of
 
 __all__ = ["before_forward", "gather_before", "refuse_flattened", "sharded_modules", "taking_derivatives"]
 
@@ -30,13 +31,12 @@ _FLAGS = ("reduce_grads", "all_reduce_grads", "reshard_after_backward")
 
 def sharded_modules(outputs: Tensor) -> tuple[Any, ...]:
     """The `FSDPModule`s that `outputs` were computed by, and those of the same root; none if FSDP2 is not in use."""
-    # Not imported, which takes a second: who has not imported it has no such module. `fully_shard` makes subclasses.
-    base = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    base = fsdp_module_class()  # of which `fully_shard` makes subclasses
     if base is None or not base.__subclasses__():
         return ()
     # The graph and not the modules of a model: outputs that are already computed, and functions, have only a graph.
     groups = {id(g): g for n in graph_nodes(outputs) if (g := getattr(n, "param_group", None)) is not None}
-    states = [state for group in groups.values() for state in group.modules[0]._get_fsdp_state()._state_ctx.all_states]
+    states = [state for group in groups.values() for state in state_of(group.modules[0])._state_ctx.all_states]
     return tuple({id(module): module for state in states for module in state._modules}.values())
 
 
@@ -116,6 +116,4 @@ class _Before(Function):
 
 
 def _groups(module: Any) -> list[Any]:
-    state = module._get_fsdp_state()
-    one = [] if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]  # before there could be several
-    return [group for group in getattr(state, "_fsdp_param_groups", one) if group is not None]
+    return param_groups(state_of(module))
