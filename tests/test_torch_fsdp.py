@@ -11,9 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch_shard_cells import SAME, Whole, block_of_one_process, first_member, replicas_by_hand, run
+from torch_shard_cells import (
+    SAME,
+    Whole,
+    block_of_one_process,
+    first_member,
+    replicas_by_hand,
+    run,
+    sequence_of_one_process,
+)
 
-TWO = (*SAME, "plain", "options", "mean_weights", "errors", "one_reads")
+TWO = (*SAME, "plain", "options", "mean_weights", "errors", "one_reads", "sequence_parallel")
 FOUR = ("unchanged_loop", "options", "mean_weights", "replicas", "tensor_parallel", "only_tensor_parallel")
 Results = list[dict[str, Any]]
 
@@ -160,6 +168,12 @@ def test_tensor_parallel_processes_share_a_member(four: Results) -> None:
     assert equal(alone[2], alone[3])
     assert not torch.equal(alone[0][0], alone[2][0])
     assert_close(alone[0], expected["members"][0])  # the member of one process is that of the first pair
+
+
+def test_sequence_parallel_gradients_are_added_up_for_every_member(two: Results) -> None:
+    expected = sequence_of_one_process()
+    for rank in range(2):
+        assert_close(two[rank]["sequence_parallel"]["weights"], expected["weights"])
 
 
 def test_a_checkpoint_between_forward_and_step_holds_the_mean(four: Results, two: Results) -> None:

@@ -536,6 +536,49 @@ def only_tensor_parallel(here: Sharded) -> dict[str, Any]:
     return {"word": _word(model), "members": _few_steps(model, [batch(0, 0)])["members"]}
 
 
+def sequence_parallel(here: Sharded) -> dict[str, Any]:
+    """Each process has rows of its own for the norm, whose gradients are then terms of sums over the processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    torch.manual_seed(0)
+    model = Block()
+    plan: Any = {
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(),
+    }
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return _members_after_the_mean(model, [(batch(s, here.rank)[0], _rows_of_both(s)[1]) for s in range(3)])
+
+
+def _rows_of_both(step: int) -> list[Tensor]:
+    return [torch.cat(both) for both in zip(batch(step, 0), batch(step, 1), strict=True)]
+
+
+def _members_after_the_mean(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Four members add their gradient to that of the mean weights."""
+    optimizer = wrapped(model, population_size=4)
+    for x, y in data:
+        optimizer.zero_grad()
+        with optimizer.mean():
+            mse(model(x), y).backward()
+        optimizer.backward(lambda model, x, y: mse(model(x), y), x, y, vectorize="loop")
+        optimizer.step()
+    return {"weights": weights(model)}
+
+
+def sequence_of_one_process() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return _members_after_the_mean(Block(), [(x, y) for x, y in map(_rows_of_both, range(3))])
+
+
 def _word(model: nn.Module) -> int:
     return wrapped(model)._selection.rank
 
@@ -554,8 +597,7 @@ def _few_steps(model: nn.Module, data: list[tuple[Tensor, Tensor]], scale: Any =
 
 def block_of_one_process() -> dict[str, Any]:
     torch.manual_seed(0)
-    data = [[torch.cat(both) for both in zip(batch(s, 0), batch(s, 1), strict=True)] for s in range(5)]
-    return _few_steps(Block(), [(x, y) for x, y in data])
+    return _few_steps(Block(), [(x, y) for x, y in map(_rows_of_both, range(5))])
 
 
 CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -568,6 +610,7 @@ CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "replicas": replicas,
     "tensor_parallel": tensor_parallel,
     "only_tensor_parallel": only_tensor_parallel,
+    "sequence_parallel": sequence_parallel,
 }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradwise._statistics import running_mean
 from gradwise_torch._probe import WHOLE, Probe
-from gradwise_torch._shards import local_of, shards_of
+from gradwise_torch._shards import is_dtensor, laid_out_like, local_of, shards_of
 from gradwise_torch._weights import at_least_float32, total_square
 
 __all__ = ["AddedGradients", "ClosureGradients", "MemberGradients"]
@@ -52,6 +52,10 @@ class MemberGradients:
 
     def collect(self, fraction: float) -> Tensor:
         """Take in a member's gradients, as a fraction of all so far; return their squared norm."""
+        for parameter in self._parameters:
+            if parameter.grad is not None and is_dtensor(parameter):
+                # Sequence parallelism leaves terms that are yet to be added up over the processes.
+                parameter.grad = laid_out_like(parameter.grad, parameter)
         produced = [parameter.grad for parameter in self._parameters]
         if fraction == 1:
             # The next member may write to the same storage: a bucket, or what a CUDA graph leaves its results in, which
@@ -172,6 +176,7 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
             if parameter.grad.is_sparse:
                 parameter.grad = parameter.grad + gradient
             else:
+                parameter.grad = laid_out_like(parameter.grad, gradient)
                 local_of(parameter.grad).add_(local_of(gradient))
 
 

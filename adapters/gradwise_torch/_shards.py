@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradwise._population import Population
 
-__all__ = ["Shard", "dtensor_of", "is_dtensor", "local_of", "shards_of", "version_of", "whole_scales"]
+__all__ = ["Shard", "dtensor_of", "is_dtensor", "laid_out_like", "local_of", "shards_of", "version_of", "whole_scales"]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # what nearly all tensors are; these questions are asked often
 
@@ -52,6 +52,13 @@ def dtensor_of(local: Tensor, like: Any) -> Tensor:
     return type(like).from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def laid_out_like(tensor: Any, like: Any) -> Tensor:
+    """The tensor, spread over processes as `like` is: parts that are yet to be added up (gradients) are added up."""
+    if not is_dtensor(tensor) or tensor.placements == like.placements:
+        return tensor
+    return tensor.redistribute(placements=like.placements)
 
 
 def shards_of(tensor: Any) -> int:
