@@ -74,7 +74,7 @@ class BatchOptimizer(MemberOptimizer):
         TypeError
             A loss that is not one number; a sharded batch with objects whose rows are not known.
         RuntimeError
-            Called inside ``member()``.
+            Called inside ``member()``, where FSDP2 is told to keep gradients back, or in the capture of a CUDA graph.
 
         Examples
         --------

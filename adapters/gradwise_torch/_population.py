@@ -45,8 +45,8 @@ class PopulationGradient(BatchOptimizer):
     ``backward(loss_fn, *batch)`` fills ``.grad``, vectorised or with the batch sharded over the members; the fastest.
     **By hand**: ``with optimizer.member(i):``.
 
-    A Lightning module in automatic optimization is an unchanged loop: the closure that the Trainer passes to ``step``
-    is its own, and runs once.
+    With `model` given, a Lightning module in automatic optimization is an unchanged loop: the closure that the Trainer
+    passes to ``step`` is its own, and runs once.
 
     Parameters
     ----------
@@ -190,7 +190,8 @@ class PopulationGradient(BatchOptimizer):
         Raises
         ------
         RuntimeError
-            A closure under a GradScaler; a step inside ``member()``; weights written to while a member was in place.
+            A closure under a GradScaler, or where FSDP2 is told to keep gradients back; a step inside ``member()``;
+            weights written to while a member was in place; a member that would begin in the capture of a CUDA graph.
         ValueError
             A member's loss is not finite, and `on_nonfinite` is "raise".
         """
