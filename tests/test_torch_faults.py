@@ -96,7 +96,8 @@ def assert_alike(left: Any, right: Any) -> None:
 def test_torchrun_restarts_from_the_checkpoint(killed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     settings = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", *settings, str(WORKER), str(tmp_path)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without it the second attempt finds the addresses of the first one in the agent's store, more often than not.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environ)
     assert run.returncode == 0, run.stderr
     for rank in range(2):

@@ -14,7 +14,7 @@ from torch_ddp_cells import INPUTS, OUTPUTS, Branches, batch, mse, mse_of_both, 
 
 from gradwise.torch import PopulationGradient
 
-FOLDER, RANK, SIZE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+FOLDER, RANK, SIZE = (sys.argv[1], *map(int, sys.argv[2:4])) if __name__ == "__main__" else ("", 0, 1)
 
 
 def closure_of(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, **zero: Any) -> Any:
