@@ -8,6 +8,8 @@ import pytest
 import gradwise
 import gradwise.keras
 import gradwise.torch
+import gradwise.torch.lightning
+import gradwise.torch.transformers
 
 CORE = {
     "DerivativeReport",
@@ -47,11 +49,18 @@ def test_names() -> None:
     assert set(gradwise.__all__) == CORE
     assert set(gradwise.torch.__all__) == TORCH
     assert set(gradwise.keras.__all__) == KERAS
+    assert gradwise.torch.lightning.__all__ == ["PopulationCallback"]
+    assert gradwise.torch.transformers.__all__ == ["PopulationTrainerMixin"]
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [*((gradwise.torch, name) for name in sorted(TORCH)), *((gradwise.keras, name) for name in sorted(KERAS))],
+    [
+        *((gradwise.torch, name) for name in sorted(TORCH)),
+        *((gradwise.keras, name) for name in sorted(KERAS)),
+        (gradwise.torch.lightning, "PopulationCallback"),
+        (gradwise.torch.transformers, "PopulationTrainerMixin"),
+    ],
 )
 def test_names_live_where_users_import_them(module: ModuleType, name: str) -> None:
     public = getattr(module, name)

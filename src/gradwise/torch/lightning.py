@@ -9,3 +9,5 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(msg, name="lightning") from error
 
 __all__ = ["PopulationCallback"]
+
+PopulationCallback.__module__ = __name__  # where users find it: in reprs and pickles too
