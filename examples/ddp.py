@@ -138,6 +138,7 @@ def train(options: argparse.Namespace, rank: int, device: torch.device) -> None:
     agree, right = replicas_agree(network), accuracy(network, test_set, device)
     if rank == 0:
         print(f"test accuracy {right:.2f} %   the {dist.get_world_size()} replicas agree to the bit: {agree}")
+    dist.barrier()  # nobody leaves while others still have something to say
 
 
 def main() -> None:

@@ -84,6 +84,7 @@ def main():
         print(f"{dist.get_world_size()} processes, {replicas} member(s) at a time: last loss {loss:.3f}")
         print(f"resumed from the checkpoint: {'the same weights, bit for bit' if same else 'OTHER WEIGHTS'}")
         shutil.rmtree(folder[0])
+    dist.barrier()
     dist.destroy_process_group()
     assert same
 

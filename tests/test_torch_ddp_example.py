@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchrun_cells import succeeded
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 12
@@ -35,7 +36,7 @@ def finish(run: subprocess.Popen[str]) -> str:
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 0, output
+    assert succeeded(run.returncode, output), output
     return output
 
 

@@ -20,6 +20,7 @@ from full_disk import room_for
 from torch import Tensor, nn
 from torch_cells import assert_same, batches, loss_of, snapshot
 from torch_fault_worker import DEATH, EVERY, STEPS, Job, scenarios
+from torchrun_cells import succeeded
 
 from gradwise.torch import GradientEnhancedMLPRegressor, PopulationGradient
 
@@ -37,7 +38,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-W", "ignore::sklearn.exceptions.ConvergenceWarning", str(WORKER), str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert run.returncode == 0, run.stderr
+    assert succeeded(run.returncode, run.stderr), run.stderr
     return folder, json.loads((folder / "report.json").read_text())
 
 
@@ -99,7 +100,7 @@ def test_torchrun_restarts_from_the_checkpoint(killed: tuple[Path, dict[str, Any
     # Without it the second attempt finds the addresses of the first one in the agent's store, more often than not.
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environ)
-    assert run.returncode == 0, run.stderr
+    assert succeeded(run.returncode, run.stderr), run.stderr
     for rank in range(2):
         ended = torch.load(tmp_path / f"torchrun-{rank}.pt", weights_only=True)
         assert ended["resumed"]

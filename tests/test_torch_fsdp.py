@@ -20,6 +20,7 @@ from torch_shard_cells import (
     run,
     sequence_of_one_process,
 )
+from torchrun_cells import succeeded
 
 TWO = (*SAME, "plain", "options", "mean_weights", "errors", "one_reads", "sequence_parallel")
 FOUR = ("unchanged_loop", "options", "mean_weights", "replicas", "tensor_parallel", "only_tensor_parallel")
@@ -206,5 +207,5 @@ def test_the_example_resumes_bit_for_bit() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    assert succeeded(done.returncode, done.stderr), done.stderr
     assert "resumed from the checkpoint: the same weights, bit for bit" in done.stdout

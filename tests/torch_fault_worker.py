@@ -348,6 +348,7 @@ def main() -> None:
         training = Training(job, rank)
         training.run()
         torch.save({"mean": training.plain.state_dict(), "resumed": not first}, folder / f"torchrun-{rank}.pt")
+        dist.barrier()
         dist.destroy_process_group()
         return
     # Once, before the forks.
