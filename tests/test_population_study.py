@@ -71,7 +71,7 @@ def test_budgets() -> None:
     assert longer.steps == 4 * plain.steps  # 4 members see as many rows as 4 steps
     assert wider.steps == plain.steps
     assert wider.recipe.batch == 4 * plain.recipe.batch
-    assert prepared(cell, ARMS["plain, equal seconds"], rate=1.0, stretch=4.5).recipe.epochs == 270
+    assert prepared(cell, ARMS["plain, equal seconds"], rate=1.0, stretch=4.5).recipe.epochs == 225
     assert prepared(cell, ARMS["plain"], rate=3.3).recipe.learning_rate == pytest.approx(
         3.3 * cell.recipe.learning_rate
     )

@@ -54,7 +54,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             msg = "weight decay is only decoupled in AdamW"
             raise ValueError(msg)
         return torch.optim.SGD(groups, lr=rate, momentum=0.9 if recipe.optimizer == "momentum" else 0.0)
-    return torch.optim.AdamW(groups, lr=rate)  # with weight decay 0 it is Adam
+    return torch.optim.AdamW(groups, lr=rate, fused=True)  # with weight decay 0 it is Adam
 
 
 def train(cell: Cell, arm: Arm, seed: int) -> Trained:
@@ -158,7 +158,9 @@ def sam(setup: Setup) -> tuple[torch.optim.Optimizer, Step]:
     inner = make_optimizer(setup.model, recipe)
     kind: Any = importlib.import_module("pytorch_optimizer").SAM
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in inner.param_groups]
-    keywords = {"momentum": 0.9} if recipe.optimizer == "momentum" else {}
+    keywords: dict[str, Any] = {"fused": True} if isinstance(inner, torch.optim.AdamW) else {}
+    if recipe.optimizer == "momentum":
+        keywords["momentum"] = 0.9
     optimizer = kind(groups, type(inner), rho=setup.options["rho"], lr=recipe.learning_rate, **keywords)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
