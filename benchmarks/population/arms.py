@@ -5,10 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from population.cells import Cell
+from population.variants import CHANGES
 
-__all__ = ["ARMS", "BORROWS_RATE", "MEMBERS", "Arm", "prepared"]
+__all__ = ["ARMS", "BORROWS_RATE", "DEFAULT_SIGMA", "MEMBERS", "VARIANTS", "VARIANT_SIGMA", "Arm", "prepared"]
 
 MEMBERS = 4
+DEFAULT_SIGMA = 0.1
+VARIANT_SIGMA = 0.1
 RATES = (0.33, 1.0, 3.3, 10.0)  # factors on the cell's learning rate
 
 
@@ -18,7 +21,7 @@ class Arm:
 
     Attributes
     ----------
-    way : {"plain", "closure", "unchanged", "sharded", "sam", "ivon"}
+    way : {"plain", "closure", "unchanged", "sharded", "sam", "ivon", "variant"}
         How a step is made, see `population.training`.
     options : dict
         Of that way: those of `PopulationGradient`, rho of SAM, the rate of IVON, the decay of the average of weights.
@@ -61,13 +64,13 @@ SIGMAS = (0.03, 0.1, 0.3, 0.5)
 _RATE = ("rate", "learning_rate")
 ARMS: dict[str, Arm] = {
     "plain": Arm(knob=_RATE, values=RATES),
-    "closure": _population("closure", 0.1),
+    "closure": _population("closure", DEFAULT_SIGMA),
     "closure, sigma 0": _population("closure", 0.0),
-    "closure, sigma tuned": _population("closure", 0.1, knob=("options", "sigma"), values=SIGMAS),
-    "unchanged": _population("unchanged", 0.1),
+    "closure, sigma tuned": _population("closure", DEFAULT_SIGMA, knob=("options", "sigma"), values=SIGMAS),
+    "unchanged": _population("unchanged", DEFAULT_SIGMA),
     "unchanged, sigma 0": _population("unchanged", 0.0),
-    "unchanged, sigma tuned": _population("unchanged", 0.1, knob=("options", "sigma"), values=SIGMAS),
-    "sharded": _population("sharded", 0.1),
+    "unchanged, sigma tuned": _population("unchanged", DEFAULT_SIGMA, knob=("options", "sigma"), values=SIGMAS),
+    "sharded": _population("sharded", DEFAULT_SIGMA),
     "sharded, sigma 0": _population("sharded", 0.0),
     "SAM": Arm("sam", knob=("options", "rho"), values=(0.02, 0.05, 0.1, 0.2)),
     "IVON": Arm("ivon", knob=("options", "rate"), values=(0.03, 0.1, 0.3, 1.0)),
@@ -78,6 +81,13 @@ ARMS: dict[str, Arm] = {
     "plain, 4 x the epochs": Arm(epochs=MEMBERS, knob=_RATE, values=RATES),
     "plain, 4 x the batch": Arm(batch=MEMBERS, epochs=MEMBERS, knob=_RATE, values=RATES),
     "plain, equal seconds": Arm(),
+}
+# Each is compared with the arm of the same way, at the same sigma; losses weigh members only where there are several.
+VARIANTS: dict[str, Arm] = {
+    f"variant: {change}, {way}": Arm("variant", {"population_size": size, "sigma": VARIANT_SIGMA, "change": change})
+    for way, size in (("closure", MEMBERS), ("unchanged", 1))
+    for change in CHANGES
+    if size > 1 or not CHANGES[change].weighted
 }
 # Settings that an arm takes over: the learning rate of plain training unless another arm is named here.
 BORROWS_RATE = {"plain, equal seconds": "plain, 4 x the epochs"}

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from population.data import REGRESSION
 from population.networks import Look
 
-__all__ = ["CURVES", "LADDER", "PRIMARY", "SECONDARY", "Cell", "Recipe", "cells"]
+__all__ = ["CURVES", "DOMAINS", "LADDER", "NORMALISED", "PRIMARY", "SECONDARY", "Cell", "Recipe", "cells"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Cell:
         """Of a training."""
         return self.recipe.epochs * max(1, self.rows // self.recipe.batch)
 
+    @property
+    def endpoint(self) -> str:
+        """The score by which settings are chosen and effects are judged, in percent."""
+        return "r2" if self.source in REGRESSION else "f1"
+
     def changed(self, recipe: Mapping[str, Any] | None = None, look: Mapping[str, Any] | None = None) -> "Cell":
         """A copy with another recipe or another look."""
         return replace(self, recipe=replace(self.recipe, **(recipe or {})), look=replace(self.look, **(look or {})))
@@ -76,13 +82,13 @@ PRIMARY: dict[str, Cell] = {
     "digits-200 ResNet": _cell("digits", 200, "ResNet", 30, 20),
     "mnist1d-1000 MLP": _cell("mnist1d", 1_000, "MLP", 50, 50),
     "mnist1d-1000 CNN": _cell("mnist1d", 1_000, "CNN", 40, 50),
-    "mnist1d-1000 ResNet": _cell("mnist1d", 1_000, "ResNet", 20, 50),
-    "mnist1d-1000 GRU": _cell("mnist1d", 1_000, "GRU", 30, 50),
-    "mnist1d-1000 transformer": _cell("mnist1d", 1_000, "transformer", 20, 50),
+    "mnist1d-1000 ResNet": _cell("mnist1d", 1_000, "ResNet", 15, 50),
+    "mnist1d-1000 GRU": _cell("mnist1d", 1_000, "GRU", 25, 50),
+    "mnist1d-1000 transformer": _cell("mnist1d", 1_000, "transformer", 15, 50),
     "mnist1d-4000 MLP": _cell("mnist1d", 4_000, "MLP", 25, 100),
-    "mnist1d-4000 CNN": _cell("mnist1d", 4_000, "CNN", 20, 100),
+    "mnist1d-4000 CNN": _cell("mnist1d", 4_000, "CNN", 15, 100),
     "mnist1d-1000 wrong labels MLP": _cell("mnist1d", 1_000, "MLP", 50, 50, wrong_labels=0.2),
-    "mnist1d-1000 wrong labels ResNet": _cell("mnist1d", 1_000, "ResNet", 20, 50, wrong_labels=0.2),
+    "mnist1d-1000 wrong labels ResNet": _cell("mnist1d", 1_000, "ResNet", 15, 50, wrong_labels=0.2),
 }
 
 _BASES = {"MLP": PRIMARY["mnist1d-1000 MLP"], "CNN": PRIMARY["mnist1d-1000 CNN"]}
@@ -128,6 +134,11 @@ SECONDARY: dict[str, Cell] = {
     for move in (_MOVES if network == "MLP" else _OF_CNN)
 }
 
+DOMAINS: dict[str, Cell] = {
+    "regression MLP": _cell("friedman", 200, "MLP", 100, 20),
+    "tokens transformer": _cell("tokens", 1_000, "reader", 10, 50),
+}
+
 CURVES = [
     "digits-200 CNN",
     "mnist1d-1000 MLP",
@@ -136,6 +147,14 @@ CURVES = [
     "mnist1d-4000 MLP",
     "mnist1d-1000 wrong labels ResNet",
 ]
+
+# Where noise may only make the weights grow: with BatchNorm, and without a decay of the learning rate.
+NORMALISED: dict[str, Cell] = {
+    "mnist1d-1000 wrong labels ResNet, constant rate": PRIMARY["mnist1d-1000 wrong labels ResNet"].changed(
+        {"decay": "constant"}
+    ),
+    "mnist1d-1000 ResNet, constant rate": PRIMARY["mnist1d-1000 ResNet"].changed({"decay": "constant"}),
+}
 
 # From tanh, plain initialisation and SGD at a constant rate; each listed method alone, and all of them.
 _GROUND = Recipe(optimizer="sgd", learning_rate=0.1, epochs=50, batch=50, decay="constant")
@@ -160,4 +179,10 @@ LADDER: dict[str, Cell] = {
 
 def cells() -> dict[str, Cell]:
     """All of them by name."""
-    return {**PRIMARY, **SECONDARY, **{f"ladder: {name}": cell for name, cell in LADDER.items()}}
+    return {
+        **PRIMARY,
+        **SECONDARY,
+        **DOMAINS,
+        **NORMALISED,
+        **{f"ladder: {name}": cell for name, cell in LADDER.items()},
+    }

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from population.data import CLASSES, REGRESSION, TOKENS
+
 __all__ = ["NETWORKS", "Look", "make"]
 
-CLASSES = 10
-SHAPE = {"digits": (8, 8), "mnist1d": (40,)}
+SHAPE = {"digits": (8, 8), "mnist1d": (40,), "friedman": (10,), "tokens": (32,)}
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 NORM: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
@@ -47,23 +48,23 @@ class Look:
         """A number of units or channels at this width; a multiple of four, for the heads of attention."""
         return max(4, 4 * round(number * self.width / 4))
 
-    def last(self, features: int) -> list[nn.Module]:
-        """From features to classes."""
+    def last(self, features: int, outputs: int) -> list[nn.Module]:
+        """From features to outputs."""
         dropped: list[nn.Module] = [nn.Dropout(self.dropout)] if self.dropout else []
-        return [*dropped, nn.Linear(features, CLASSES)]
+        return [*dropped, nn.Linear(features, outputs)]
 
 
-def mlp(shape: tuple[int, ...], look: Look) -> nn.Module:
+def mlp(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """Two hidden layers."""
     hidden = look.units(128)
     layers: list[nn.Module] = []
     for before, after in pairwise([torch.Size(shape).numel(), hidden, hidden]):
         norm: list[nn.Module] = [nn.BatchNorm1d(after)] if look.batch_norm else []
         layers += [nn.Linear(before, after), *norm, look.act()]
-    return nn.Sequential(*layers, *look.last(hidden))
+    return nn.Sequential(*layers, *look.last(hidden, outputs))
 
 
-def cnn(shape: tuple[int, ...], look: Look) -> nn.Module:
+def cnn(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """Three convolutions, and a dense layer of all that is left."""
     axes = len(shape)
     layers: list[nn.Module] = [nn.Unflatten(1, (1, *shape))]
@@ -73,7 +74,7 @@ def cnn(shape: tuple[int, ...], look: Look) -> nn.Module:
         layers += [NORM[axes](after)] if look.batch_norm else []
         layers.append(look.act())
     left = torch.Size((size + 7) // 8 for size in shape).numel()
-    return nn.Sequential(*layers, nn.Flatten(), *look.last(left * channels[-1]))
+    return nn.Sequential(*layers, nn.Flatten(), *look.last(left * channels[-1], outputs))
 
 
 class Block(nn.Module):
@@ -97,7 +98,7 @@ class Block(nn.Module):
         return self.act(self.inner(x) + self.shortcut(x))
 
 
-def resnet(shape: tuple[int, ...], look: Look) -> nn.Module:
+def resnet(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """Three residual blocks, and the mean over places."""
     axes = len(shape)
     channels = (1, look.units(12), look.units(16), look.units(24))
@@ -105,7 +106,9 @@ def resnet(shape: tuple[int, ...], look: Look) -> nn.Module:
         Block(axes, before, after, stride, look)
         for (before, after), stride in zip(pairwise(channels), (1, 2, 2), strict=True)
     ]
-    return nn.Sequential(nn.Unflatten(1, (1, *shape)), *blocks, nn.Flatten(2), Mean(-1), *look.last(channels[-1]))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, *shape)), *blocks, nn.Flatten(2), Mean(-1), *look.last(channels[-1], outputs)
+    )
 
 
 class Mean(nn.Module):
@@ -132,12 +135,12 @@ class States(nn.Module):
         return self.layer(x)[0]
 
 
-def gru(shape: tuple[int, ...], look: Look) -> nn.Module:
+def gru(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """A gated recurrent layer that reads four numbers at a time, and the mean over its states."""
     hidden = look.units(48)
     steps = torch.Size(shape).numel() // 4
     layer = States(nn.GRU(4, hidden, batch_first=True))
-    return nn.Sequential(nn.Unflatten(1, (steps, 4)), layer, Mean(1), *look.last(hidden))
+    return nn.Sequential(nn.Unflatten(1, (steps, 4)), layer, Mean(1), *look.last(hidden, outputs))
 
 
 class Places(nn.Module):
@@ -152,29 +155,39 @@ class Places(nn.Module):
         return x + self.places
 
 
-def transformer(shape: tuple[int, ...], look: Look) -> nn.Module:
+def transformer(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """Two encoder layers over tokens of four numbers, and the mean over the tokens."""
     width = look.units(32)
     steps = torch.Size(shape).numel() // 4
+    return nn.Sequential(nn.Unflatten(1, (steps, 4)), nn.Linear(4, width), *_encoded(steps, width, outputs, look))
+
+
+def reader(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
+    """The same, of tokens from a vocabulary."""
+    width = look.units(32)
+    return nn.Sequential(nn.Embedding(TOKENS, width), *_encoded(shape[0], width, outputs, look))
+
+
+def _encoded(steps: int, width: int, outputs: int, look: Look) -> list[nn.Module]:
     layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=look.dropout, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    tokens = [nn.Unflatten(1, (steps, 4)), nn.Linear(4, width), Places(steps, width)]
-    return nn.Sequential(*tokens, encoder, nn.LayerNorm(width), Mean(1), *look.last(width))
+    return [Places(steps, width), encoder, nn.LayerNorm(width), Mean(1), *look.last(width, outputs)]
 
 
-NETWORKS: dict[str, Callable[[tuple[int, ...], Look], nn.Module]] = {
+NETWORKS: dict[str, Callable[[tuple[int, ...], int, Look], nn.Module]] = {
     "MLP": mlp,
     "CNN": cnn,
     "ResNet": resnet,
     "GRU": gru,
     "transformer": transformer,
+    "reader": reader,
 }
 
 
 def make(network: str, source: str, look: Look, seed: int) -> nn.Module:
     """A network with the weights of a seed."""
     torch.manual_seed(seed)
-    model = NETWORKS[network](SHAPE[source], look)
+    model = NETWORKS[network](SHAPE[source], 1 if source in REGRESSION else CLASSES, look)
     for parameter in model.parameters() if look.initial != "torch" else ():
         if parameter.ndim >= 2 and look.initial == "xavier":
             nn.init.xavier_uniform_(parameter)

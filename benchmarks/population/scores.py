@@ -1,12 +1,12 @@
-"""What a classifier is worth on data: F1, accuracy, log-loss before and after temperature scaling, calibration."""
+"""What a model is worth on data: F1, accuracy, log-loss before and after temperature scaling, calibration; or R2."""
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, mean_squared_error, r2_score
 
-__all__ = ["log_losses", "scores", "temperature"]
+__all__ = ["log_losses", "regression_scores", "scores", "temperature"]
 
 BINS = 15
 
@@ -46,3 +46,8 @@ def scores(logits: Logits, labels: Labels, *, scaled_by: float) -> dict[str, flo
         "scaled_log_loss": float(log_losses(logits / scaled_by, labels).mean()),
         "calibration_error": 100 * calibration_error(logits, labels),
     }
+
+
+def regression_scores(predicted: Logits, y: NDArray[np.float32]) -> dict[str, float]:
+    """Coefficient of determination in percent, and the mean squared error."""
+    return {"r2": 100 * float(r2_score(y, predicted)), "mse": float(mean_squared_error(y, predicted))}

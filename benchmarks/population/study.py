@@ -12,17 +12,20 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from population.arms import ARMS
-from population.cells import CURVES, LADDER, PRIMARY, SECONDARY
+from population.arms import ARMS, DEFAULT_SIGMA, VARIANT_SIGMA, VARIANTS
+from population.cells import CURVES, DOMAINS, LADDER, NORMALISED, PRIMARY, SECONDARY
 from population.report import report
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 
-SECONDARY_ARMS = ("plain", "closure", "unchanged")
-SECONDARY_SEEDS = SEEDS[:6]
-CURVE_SIGMAS = (0.03, 0.1, 0.2, 0.3, 0.5)
-TUNED_LATER = [name for name, arm in ARMS.items() if arm.knob is not None and arm.knob[0] != "rate"]
-RATES = [name for name, arm in ARMS.items() if arm.knob is not None and arm.knob[0] == "rate"]
+SIGMAS = (0.05, 0.2, 0.4, 0.8)  # of the curves, beside the default and 0
+CONTROLS = [
+    "closure, sigma 0",
+    "unchanged, sigma 0",
+]  # equal to plain training to the bit: three seeds suffice to see it
+DEFAULTS = ["plain", "closure", "unchanged", "sharded", "sharded, sigma 0"]
 TIMED = "plain, equal seconds"  # needs the times of others
+RIVALS = [name for name in ARMS if name not in {*CONTROLS, *DEFAULTS, TIMED}]
+SECONDARY_SEEDS = SEEDS[:6]
 
 
 def one_thread() -> None:
@@ -50,31 +53,68 @@ def run(store: Store, tasks: Iterable[Task], title: str, workers: int) -> None:
 
 
 def primary(store: Store, cell: str, workers: int) -> None:
-    """One cell of the primary grid: rates, then the other settings, then ten seeds of every arm."""
+    """The learning rate, then the population with its defaults, and its controls."""
     run(store, tuning_tasks(cell, ["plain"]), f"{cell}: rate", workers)
-    later = [*TUNED_LATER, *(name for name in RATES if name != "plain")]
-    run(store, tuning_tasks(cell, later), f"{cell}: settings", workers)
-    arms = [name for name in ARMS if name != TIMED]
-    run(store, [Task(cell, arm, seed) for seed in SEEDS for arm in arms], cell, workers)
+    controls = [Task(cell, arm, seed) for seed in SEEDS[:3] for arm in CONTROLS]
+    run(store, [*(Task(cell, arm, seed) for seed in SEEDS for arm in DEFAULTS), *controls], cell, workers)
+
+
+def unchanged(store: Store, cell: str, workers: int) -> None:
+    """The unchanged loop over sigma."""
+    tasks = [Task(cell, "unchanged", seed, sigma=sigma) for seed in SEEDS for sigma in SIGMAS]
+    run(store, tasks, f"{cell}: sigma, unchanged", workers)
+
+
+def closure(store: Store, cell: str, workers: int) -> None:
+    """The closure over sigma."""
+    tasks = [Task(cell, "closure", seed, sigma=sigma) for seed in SEEDS for sigma in SIGMAS]
+    run(store, tasks, f"{cell}: sigma, closure", workers)
+
+
+def variants(store: Store, cell: str, workers: int) -> None:
+    """Other populations, at one sigma, and the library's at that sigma."""
+    sigma = None if VARIANT_SIGMA == DEFAULT_SIGMA else VARIANT_SIGMA
+    ours = [Task(cell, way, seed, sigma=sigma) for seed in SECONDARY_SEEDS for way in ("closure", "unchanged")]
+    tasks = [Task(cell, arm, seed) for seed in SECONDARY_SEEDS for arm in VARIANTS]
+    run(store, [*ours, *tasks], f"{cell}: variants", workers)
+
+
+def rivals(store: Store, cell: str, workers: int) -> None:
+    """What is tuned, and what has more passes or seconds."""
+    run(store, tuning_tasks(cell, RIVALS), f"{cell}: settings", workers)
+    run(store, [Task(cell, arm, seed) for seed in SEEDS for arm in RIVALS], f"{cell}: rivals", workers)
     run(store, [Task(cell, TIMED, seed) for seed in SEEDS], f"{cell}: seconds", workers)
-
-
-def curves(store: Store, cell: str, workers: int) -> None:
-    """The closure over sigma, all seeds."""
-    tasks = [Task(cell, "closure", seed, sigma=sigma) for sigma in CURVE_SIGMAS for seed in SEEDS]
-    run(store, tasks, f"{cell}: sigma", workers)
 
 
 def secondary(store: Store, cell: str, workers: int) -> None:
     """Plain training and two of the population's ways, with the cell's own learning rate."""
-    run(store, [Task(cell, arm, seed) for arm in SECONDARY_ARMS for seed in SECONDARY_SEEDS], cell, workers)
+    arms = ("plain", "closure", "unchanged")
+    run(store, [Task(cell, arm, seed) for seed in SECONDARY_SEEDS for arm in arms], cell, workers)
+
+
+def ladder(store: Store, cell: str, workers: int) -> None:
+    """The same with all seeds: a margin is to be judged."""
+    run(store, [Task(cell, arm, seed) for seed in SEEDS for arm in ("plain", "closure", "unchanged")], cell, workers)
+
+
+def domains(store: Store, cell: str, workers: int) -> None:
+    """The population, its default and its tuned sigma, on another kind of problem."""
+    primary(store, cell, workers)
+    tuned = ["closure, sigma tuned", "unchanged, sigma tuned"]
+    run(store, tuning_tasks(cell, tuned), f"{cell}: settings", workers)
+    run(store, [Task(cell, arm, seed) for seed in SEEDS for arm in tuned], f"{cell}: tuned", workers)
 
 
 STAGES = {
     "primary": (primary, list(PRIMARY)),
+    "unchanged": (unchanged, list(PRIMARY)),
+    "normalised": (primary, list(NORMALISED)),
+    "variants": (variants, [*CURVES, *NORMALISED]),
+    "rivals": (rivals, list(PRIMARY)),
+    "closure": (closure, CURVES),
+    "domains": (domains, list(DOMAINS)),
+    "ladder": (ladder, [f"ladder: {name}" for name in LADDER]),
     "secondary": (secondary, list(SECONDARY)),
-    "ladder": (secondary, [f"ladder: {name}" for name in LADDER]),
-    "curves": (curves, CURVES),
 }
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from population.arms import ARMS, BORROWS_RATE, Arm, prepared
+from population.arms import ARMS, BORROWS_RATE, VARIANTS, Arm, prepared
 from population.cells import Cell, cells
-from population.data import split
-from population.scores import scores, temperature
+from population.data import REGRESSION, split
+from population.scores import regression_scores, scores, temperature
 from population.training import logits, train
 
 __all__ = ["SEEDS", "TUNING_SEEDS", "Record", "Store", "Task", "measure", "tuning_tasks"]
@@ -72,11 +72,11 @@ class Store:
         return [task for task in dict.fromkeys(tasks) if task not in self.records]
 
     def chosen(self, cell: str, arm: str) -> float | None:
-        """The setting of the best mean F1 on the validation rows of the tuning seeds; None if nothing was tuned."""
+        """The setting of the best mean score on the validation rows of the tuning seeds; None if nothing was tuned."""
         found: defaultdict[int, list[float]] = defaultdict(list)
         for task, record in self.records.items():
             if (task.cell, task.arm) == (cell, arm) and task.setting is not None:
-                found[task.setting].append(record["validation"]["f1"])
+                found[task.setting].append(record["validation"][CELLS[cell].endpoint])
         if not found:
             return None
         if any(len(values) != len(TUNING_SEEDS) for values in found.values()) or len(found) != len(ARMS[arm].values):
@@ -98,7 +98,7 @@ class Store:
 
     def configuration(self, task: Task) -> tuple[Cell, Arm]:
         """The cell and the arm of a task with every setting in its place."""
-        arm = ARMS[task.arm]
+        arm = {**ARMS, **VARIANTS}[task.arm]
         setting = self.chosen(task.cell, task.arm) if task.setting is None else arm.values[task.setting]
         lender = BORROWS_RATE.get(task.arm, "plain")
         rate = self.chosen(task.cell, lender) if arm.knob is None or arm.knob[0] != "rate" else setting
@@ -127,7 +127,12 @@ def measure(task: Task, cell: Cell, arm: Arm) -> Record:
     if task.seed not in TUNING_SEEDS:
         rows["test"] = parts.test
     found = {name: (logits(trained.model, x), y.numpy()) for name, (x, y) in rows.items()}
-    scaled_by = temperature(*found["validation"])
+    if cell.source in REGRESSION:
+        scored: Record = {name: regression_scores(*pair) for name, pair in found.items()}
+    else:
+        scaled_by = temperature(*found["validation"])
+        scored = {name: scores(*pair, scaled_by=scaled_by) for name, pair in found.items()}
+        scored["temperature"] = scaled_by
     return {
         "task": asdict(task),
         "version": VERSION,
@@ -135,6 +140,5 @@ def measure(task: Task, cell: Cell, arm: Arm) -> Record:
         "options": dict(arm.options),
         "seconds": trained.seconds,
         "steps": trained.steps,
-        "temperature": scaled_by,
-        **{name: scores(*pair, scaled_by=scaled_by) for name, pair in found.items()},
+        **scored,
     }

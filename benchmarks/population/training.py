@@ -4,7 +4,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from gradwise import Population
 from gradwise.torch import PopulationGradient
 from population.arms import Arm
 from population.cells import Cell, Recipe
-from population.data import split
+from population.data import REGRESSION, split
 from population.networks import make
+from population.variants import CHANGES, Members
 
 __all__ = ["Trained", "logits", "make_optimizer", "train"]
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], object]
 NOISE = 1_000_003  # the noise of a seed is no other random number of it
 
 
@@ -62,7 +64,7 @@ def train(cell: Cell, arm: Arm, seed: int) -> Trained:
     x, y = split(cell.source, cell.rows, cell.wrong_labels, seed).train
     model = make(cell.network, cell.source, cell.look, seed).train()
     recipe = cell.recipe
-    loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    loss = Squared() if cell.source in REGRESSION else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     options = dict(arm.options)
     decay = options.pop("decay", None)
     optimizer, step = WAYS[arm.way](Setup(model, loss, cell, options, seed))
@@ -88,6 +90,14 @@ def train(cell: Cell, arm: Arm, seed: int) -> Trained:
     seconds = time.thread_time() - began
     optimizer.zero_grad()
     return Trained((model if average is None else average.module).eval(), seconds, steps)
+
+
+class Squared(nn.Module):
+    """Mean squared error of one output."""
+
+    def forward(self, predicted: Tensor, y: Tensor) -> Tensor:
+        """Of outputs (rows, 1) and numbers (rows,)."""
+        return nn.functional.mse_loss(predicted.squeeze(-1), y)
 
 
 @torch.no_grad()
@@ -190,6 +200,23 @@ def ivon(setup: Setup) -> tuple[torch.optim.Optimizer, Step]:
     return optimizer, step
 
 
+def variant(setup: Setup) -> tuple[torch.optim.Optimizer, Step]:
+    """Another population than the library's."""
+    size, sigma = setup.options["population_size"], setup.options["sigma"]
+    population = Population(size, sigma, antithetic=size > 1, seed=setup.seed + NOISE)
+    change = CHANGES[setup.options["change"]]
+    members = Members(setup.model, replace(population, scale=change.scale), change, setup.cell.steps)
+    optimizer = make_optimizer(setup.model, setup.cell.recipe)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        members.gradients(lambda: setup.backward(optimizer, x, y))
+        norms = members.norms()
+        optimizer.step()
+        members.after(norms)
+
+    return optimizer, step
+
+
 WAYS: dict[str, Callable[[Setup], tuple[torch.optim.Optimizer, Step]]] = {
     "plain": plain,
     "unchanged": unchanged,
@@ -197,6 +224,7 @@ WAYS: dict[str, Callable[[Setup], tuple[torch.optim.Optimizer, Step]]] = {
     "sharded": sharded,
     "sam": sam,
     "ivon": ivon,
+    "variant": variant,
 }
 
 
