@@ -1,172 +1,232 @@
-"""Tables of the population study, from the records that there are, as Markdown."""
+"""Tables of the population study, from the records that there are, as Markdown.
 
+``python -m population.report`` writes them, the records as ``population_study.csv.gz`` and the figures:
+``docs/population_study_tables.md`` and ``docs/images/population_*.png``.
+"""
+
+import argparse
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pandas as pd
+from scipy.stats import spearmanr
 
 from population.arms import ARMS
-from population.cells import CURVES, LADDER, PRIMARY, SECONDARY
-from population.inference import Effect, effect, holm, non_inferior, overall
-from population.tasks import CELLS, SEEDS, Record, Store, Task
+from population.cells import CURVES, PRIMARY, SECONDARY
+from population.costs import costs
+from population.effects import (
+    ENDPOINTS,
+    GROUPS,
+    MARGIN,
+    clear_cells,
+    curve,
+    differences,
+    over_cells,
+    overfitting,
+    records,
+    records_table,
+    score,
+    setting,
+)
+from population.exact_report import exact_tables
+from population.inference import holm, overall
+from population.markdown import both_ends, section, shown, table
+from population.other_cells import domains, ladder, secondary, variants
+from population.tasks import CELLS, Store
 
-__all__ = ["differences", "report"]
+__all__ = ["ENDPOINTS", "differences", "report", "write"]
 
-MARGIN = 0.3  # points of macro-F1: "as high or higher"
-ENDPOINTS = {
-    "f1": "macro-F1, points",
-    "accuracy": "accuracy, points",
-    "log_loss": "log-loss, nats",
-    "scaled_log_loss": "log-loss after temperature scaling, nats",
-    "calibration_error": "calibration error, points",
-}
+RIVALS = [arm for group in list(GROUPS.values())[1:] for arm in group if "sigma tuned" not in arm]
+INTRODUCTION = """# Population study: tables
 
-
-def records(store: Store, cell: str, arm: str, sigma: float | None = None) -> dict[int, Record]:
-    """Of the seeds that settings were not chosen on."""
-    found = {seed: store.records.get(Task(cell, arm, seed, sigma=sigma)) for seed in SEEDS}
-    return {seed: record for seed, record in found.items() if record is not None}
-
-
-def differences(
-    store: Store, cell: str, arm: str, *, to: str = "plain", endpoint: str = "f1", sigma: float | None = None
-) -> list[float]:
-    """Test scores of an arm minus those of another, over the seeds that both have."""
-    ours, theirs = records(store, cell, arm, sigma), records(store, cell, to)
-    return [ours[seed]["test"][endpoint] - theirs[seed]["test"][endpoint] for seed in ours if seed in theirs]
+Written by `python -m population.report` from the records of all trainings (`population_study.csv.gz`). An effect is a
+mean of paired differences over seeds (the same rows, initial weights and batches), `±` half of its 95 % interval
+(Student's t); bold where the interval leaves out zero. Only the primary endpoint is corrected for multiple tests;
+everything else is descriptive: of twenty such intervals about one misses by chance. Scores are those of test rows that
+no choice has seen. For log-losses and calibration errors, less is better."""
 
 
 def report(store: Store) -> str:
     """All tables of which there is something to show."""
     parts = [
         _primary(store),
+        _arms(store),
+        _rivals(store),
         *[_endpoint(store, endpoint) for endpoint in ENDPOINTS],
-        _costs(store),
+        costs(store),
         _settings(store),
-        _curves(store),
-        _secondary(store),
-        _ladder(store),
+        _sigmas(store, "closure", CURVES),
+        _sigmas(store, "unchanged", list(PRIMARY)),
+        _where(store),
+        secondary(store),
+        ladder(store),
+        domains(store),
+        variants(store),
+        exact_tables(store.path.parent),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    found = [part for part in parts if part]
+    return "\n\n".join([INTRODUCTION, *found] if found else []) + "\n"
 
 
 def _primary(store: Store) -> str:
     """The primary endpoint: the closure with its default minus plain training."""
-    found = {cell: values for cell in PRIMARY if len(values := differences(store, cell, "closure")) > 1}
-    if not found:
+    effects, over = over_cells(store, "closure")
+    if not effects:
         return ""
-    effects = {cell: effect(values) for cell, values in found.items()}
     corrected = holm([one.p for one in effects.values()])
     rows = [
-        [cell, f"{_plain(store, cell):.2f}", str(one), f"{one.p:.3f}", f"{p:.3f}", str(one.pairs)]
+        [cell, f"{score(store, cell):.2f}", both_ends(one), f"{one.p:.3f}", f"{p:.3f}", str(one.pairs)]
         for (cell, one), p in zip(effects.items(), corrected, strict=True)
     ]
-    if len(found) == len(PRIMARY):
-        data = pd.DataFrame(
-            [
-                {"cell": cell, "source": CELLS[cell].source, "network": CELLS[cell].network, "difference": value}
-                for cell, values in found.items()
-                for value in values
-            ]
-        )
-        every = overall(data)
-        rows.append(["all, mixed model", "", str(every), f"{every.p:.3f}", "", str(every.pairs)])
-    header = ["macro-F1, points", "plain", "closure, sigma 0.1, minus plain", "p", "p, Holm", "seeds"]
-    return _table(header, rows)
+    if len(effects) == len(PRIMARY):
+        every = overall(_frame(store, list(effects)))
+        rows.append(["all, mixed model", "", both_ends(every), f"{every.p:.3f}", "", str(every.pairs)])
+        rows.append(["all, a number for each cell", "", both_ends(over), f"{over.p:.3f}", "", f"{over.pairs} cells"])
+    text = (
+        "The closure with its default (sigma 0.1, 4 members) minus plain training, points of macro-F1. Holm's "
+        f"correction is for the {len(effects)} cells. The mixed model has random effects of the data set, the "
+        "architecture, the cell and the split (restricted maximum likelihood with variances of zero or more; t with "
+        "one degree of freedom less than there are cells); the last row takes the cells' means for independent numbers."
+    )
+    return section("Primary endpoint", text, table(["cell", "plain", "effect", "p", "p, Holm", "seeds"], rows))
 
 
-def _plain(store: Store, cell: str) -> float:
-    return fmean(record["test"]["f1"] for record in records(store, cell, "plain").values())
+def _frame(store: Store, cells: Iterable[str]) -> pd.DataFrame:
+    """Differences with what groups them; networks on the same rows share their split."""
+    rows = [
+        {
+            "difference": value,
+            "cell": name,
+            "data": f"{cell.source}-{cell.rows}-{cell.wrong_labels}",
+            "network": cell.network,
+            "split": f"{cell.source}-{cell.rows}-{seed}",
+        }
+        for name in cells
+        for cell in [CELLS[name]]
+        for seed, value in differences(store, name, "closure").items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _arms(store: Store) -> str:
+    """All arms and endpoints, over the cells."""
+    rows: list[list[str]] = []
+    for arm in [arm for group in GROUPS.values() for arm in group]:
+        effects, over = over_cells(store, arm)
+        if over.pairs > 1:
+            counts = [str(clear_cells(list(effects.values()), above=above)) for above in (True, False)]
+            others = [shown(over_cells(store, arm, endpoint=name)[1], name) for name in ENDPOINTS if name != "f1"]
+            rows.append([arm, shown(over), f"{counts[0]} / {counts[1]} of {over.pairs}", *others])
+    header = ["minus plain", "macro-F1", "better / worse", "accuracy", "log-loss", "scaled log-loss", "calibration"]
+    text = (
+        "Mean over the primary cells (the interval takes their means for independent numbers), and the number of cells "
+        "whose own interval of macro-F1 is above / below zero. Settings were chosen for macro-F1, not for calibration."
+    )
+    return section("All arms over the cells", text, table(header, rows)) if rows else ""
+
+
+def _rivals(store: Store) -> str:
+    """The population minus each of the others."""
+    ours = ["closure", "closure, sigma tuned", "unchanged, sigma tuned"]
+    rows: list[list[str]] = []
+    for rival in RIVALS:
+        found = [over_cells(store, arm, to=rival)[1] for arm in ours]
+        losses = over_cells(store, ours[1], to=rival, endpoint="log_loss")[1]
+        if found[1].pairs > 1:
+            high = "yes" if found[1].low > -MARGIN else "not shown"
+            rows.append([rival, *[shown(one) for one in found], high, shown(losses, "log_loss")])
+    header = ["macro-F1 minus that of", *ours, f"tuned closure above -{MARGIN}", "tuned closure, log-loss"]
+    text = (
+        "The population minus each other method, mean over the primary cells as above. Above the margin: the interval "
+        f"of the tuned closure (as many settings as its rivals have) lies above -{MARGIN} points."
+    )
+    return section("The population against the others", text, table(header, rows)) if rows else ""
 
 
 def _endpoint(store: Store, endpoint: str) -> str:
-    """Every arm minus plain training, with its interval."""
-    cells = [cell for cell in PRIMARY if len(differences(store, cell, "closure")) > 1]
-    rows = [
-        [arm, *[_shown(differences(store, cell, arm, endpoint=endpoint)) for cell in cells]]
-        for arm in ARMS
-        if arm != "plain" and cells
-    ]
-    return _table([f"{ENDPOINTS[endpoint]}, minus plain", *cells], rows) if rows else ""
-
-
-def _costs(store: Store) -> str:
-    cells = [cell for cell in PRIMARY if records(store, cell, "plain")]
-    rows: list[list[str]] = []
-    for arm in ARMS:
-        row = [arm]
-        for cell in cells:
-            seconds = [record["seconds"] for record in records(store, cell, arm).values()]
-            spent = sum(
-                record["seconds"]
-                for task, record in store.records.items()
-                if (task.cell, task.arm) == (cell, arm) and task.setting is not None
-            )
-            row.append(f"{fmean(seconds):.2f}" + (f" (+{spent:.0f})" if spent else "") if seconds else "")
-        rows.append(row)
-    return _table(["seconds of a training (of all of its tuning)", *cells], rows) if cells else ""
+    """Every arm minus plain training in every cell."""
+    tables: list[str] = []
+    for title, arms in GROUPS.items():
+        found = {arm: over_cells(store, arm, endpoint=endpoint) for arm in arms}
+        cells = [cell for cell in PRIMARY if any(cell in effects for effects, _ in found.values())]
+        rows = [[cell, *[shown(effects.get(cell), endpoint) for effects, _ in found.values()]] for cell in cells]
+        if len(cells) > 1:
+            rows.append(["mean over cells", *[shown(over, endpoint) for _, over in found.values()]])
+        if rows:
+            tables.append(f"{title[0].upper()}{title[1:]}:\n\n{table(['minus plain', *arms], rows)}")
+    name = ENDPOINTS[endpoint]
+    return section(f"{name[0].upper()}{name[1:]}: every arm in every cell", *tables) if tables else ""
 
 
 def _settings(store: Store) -> str:
-    cells = [cell for cell in PRIMARY if records(store, cell, "plain")]
     tuned = [arm for arm in ARMS if ARMS[arm].knob is not None]
-    rows = [[arm, *[_number(store.chosen(cell, arm)) for cell in cells]] for arm in tuned]
-    return _table(["settings that were chosen", *cells], rows) if cells else ""
+    cells = [cell for cell in PRIMARY if records(store, cell, "plain")]
+    rows = [[cell, *[_number(setting(store, cell, arm)) for arm in tuned]] for cell in cells]
+    text = (
+        "By the mean macro-F1 on validation rows of three seeds of their own. For plain training the setting is a "
+        "factor on the cell's learning rate, which all arms without a rate of their own take over."
+    )
+    return section("Settings that were chosen", text, table(["cell", *tuned], rows)) if rows else ""
 
 
-def _curves(store: Store) -> str:
-    sigmas = sorted({task.sigma for task in store.records if task.sigma is not None})
-    rows = [
-        [cell, *[_shown(differences(store, cell, "closure", sigma=sigma)) for sigma in sigmas]]
-        for cell in CURVES
-        if any(differences(store, cell, "closure", sigma=sigma) for sigma in sigmas)
-    ]
-    return _table(["macro-F1 minus plain", *[f"sigma {sigma}" for sigma in sigmas]], rows) if rows else ""
+def _sigmas(store: Store, arm: str, cells: Sequence[str]) -> str:
+    """Effects over sigma, in the cells where it was moved."""
+    tables: list[str] = []
+    for endpoint in ("f1", "log_loss"):
+        curves = {cell: curve(store, cell, arm, endpoint) for cell in cells}
+        curves = {cell: found for cell, found in curves.items() if len(found) > 2}  # more than 0 and the default
+        sigmas = sorted({sigma for found in curves.values() for sigma in found})
+        rows = [[cell, *[shown(found.get(sigma), endpoint) for sigma in sigmas]] for cell, found in curves.items()]
+        if rows:
+            tables.append(table([f"{ENDPOINTS[endpoint].split(',')[0]}, sigma", *[f"{s:g}" for s in sigmas]], rows))
+    return section(f"Effect over sigma: {arm}", "Minus plain training.", *tables) if tables else ""
 
 
-def _secondary(store: Store) -> str:
-    rows = [
-        [cell, f"{_plain(store, cell):.2f}", *[_shown(differences(store, cell, a)) for a in ("closure", "unchanged")]]
-        for cell in SECONDARY
-        if len(differences(store, cell, "closure")) > 1
-    ]
-    return _table(["macro-F1, descriptive", "plain", "closure", "unchanged loop"], rows) if rows else ""
-
-
-def _ladder(store: Store) -> str:
-    ground = "ladder: ground"
-    if len(records(store, ground, "plain")) < 2:
-        return ""
-    base = records(store, ground, "plain")
-    population = differences(store, ground, "closure")
-    rows = [["population, closure", str(effect(population)), "", ""]]
-    for name in LADDER:
-        cell = f"ladder: {name}"
-        theirs = records(store, cell, "plain")
-        seeds = [seed for seed in base if seed in theirs]
-        if name == "ground" or len(seeds) < 2:
-            continue
-        own = [theirs[seed]["test"]["f1"] - base[seed]["test"]["f1"] for seed in seeds]
-        lead = [ours - other for ours, other in zip(population, own, strict=False)]
-        verdict = f"{effect(lead)}, {'yes' if non_inferior(lead, MARGIN) else 'not shown'}"
-        rows.append([name, str(effect(own)), verdict, _shown(differences(store, cell, "closure"))])
-    header = ["macro-F1 over the ground", "own effect", "population's minus its own; as high?", "population on top"]
-    return _table(header, rows)
-
-
-def _shown(values: Sequence[float]) -> str:
-    return _text(effect(values)) if len(values) > 1 else ""
-
-
-def _text(found: Effect) -> str:
-    text = str(found)
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+def _where(store: Store) -> str:
+    """Rank correlations of the effect with what cells are."""
+    rows: list[list[str]] = []
+    for title, names in (("primary cells", list(PRIMARY)), ("all cells", [*PRIMARY, *SECONDARY])):
+        for arm in ("closure", "closure, sigma tuned"):
+            effects = {
+                cell: fmean(values.values()) for cell in names if len(values := differences(store, cell, arm)) > 1
+            }
+            if len(effects) > 3 and (arm == "closure" or title == "primary cells"):
+                gaps, sizes = [overfitting(store, cell) for cell in effects], [CELLS[cell].rows for cell in effects]
+                found: list[Any] = [spearmanr(values, list(effects.values())) for values in (gaps, sizes)]
+                row = [f"{one.statistic:+.2f} (p {one.pvalue:.2f})" for one in found]
+                rows.append([f"{arm}, {title}", str(len(effects)), *row])
+    header = ["effect on macro-F1", "cells", "over-fitting", "training rows"]
+    text = (
+        "Spearman's rank correlation, over cells, of the effect with the degree of over-fitting (accuracy of plain "
+        "training on its own rows minus that on test rows) and with the number of training rows."
+    )
+    return section("Where it helps", text, table(header, rows)) if rows else ""
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def write(store: Store, docs: Path) -> None:
+    """Tables, records and figures."""
+    from population.plots import save
+
+    (docs / "population_study_tables.md").write_text(report(store))
+    records_table(store).to_csv(
+        docs / "population_study.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
+    )
+    save(store, docs / "images")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    write(Store(arguments.out / "population.jsonl"), arguments.docs)
+
+
+if __name__ == "__main__":
+    main()

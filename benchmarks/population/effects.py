@@ -1,0 +1,152 @@
+"""Effects of the population study from its records: what the tables and the pictures have in common."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from population.arms import ARMS, DEFAULT_SIGMA
+from population.cells import PRIMARY
+from population.inference import Effect, effect
+from population.tasks import SEEDS, Record, Store, Task
+
+__all__ = [
+    "ENDPOINTS",
+    "GROUPS",
+    "clear_cells",
+    "differences",
+    "over_cells",
+    "overfitting",
+    "records",
+    "records_table",
+    "score",
+]
+
+ENDPOINTS = {
+    "f1": "macro-F1, points",
+    "accuracy": "accuracy, points",
+    "log_loss": "log-loss, nats",
+    "scaled_log_loss": "log-loss after temperature scaling, nats",
+    "calibration_error": "calibration error, points",
+}
+MARGIN = 0.3  # points of macro-F1: "as high or higher"
+GROUPS: dict[str, list[str]] = {
+    "the population, sigma 0.1, and its controls": [
+        "closure",
+        "unchanged",
+        "sharded",
+        "closure, sigma 0",
+        "unchanged, sigma 0",
+        "sharded, sigma 0",
+    ],
+    "sigma tuned, and other noise": [
+        "closure, sigma tuned",
+        "unchanged, sigma tuned",
+        "SAM",
+        "IVON",
+        "averaged weights",
+    ],
+    "other regularization": ["label smoothing", "dropout", "weight decay"],
+    "plain training with more": ["plain, 4 x the epochs", "plain, 4 x the batch", "plain, equal seconds"],
+}
+
+
+def records(store: Store, cell: str, arm: str, sigma: float | None = None) -> dict[int, Record]:
+    """Of the seeds that settings were not chosen on."""
+    found = {seed: store.records.get(Task(cell, arm, seed, sigma=sigma)) for seed in SEEDS}
+    return {seed: record for seed, record in found.items() if record is not None}
+
+
+def differences(
+    store: Store,
+    cell: str,
+    arm: str,
+    *,
+    to: str = "plain",
+    endpoint: str = "f1",
+    sigma: float | None = None,
+    other: str | None = None,
+    other_sigma: float | None = None,
+) -> dict[int, float]:
+    """Test scores of an arm minus those of another, by seed, where both have them; `other` is the other's cell."""
+    ours, theirs = records(store, cell, arm, sigma), records(store, other or cell, to, other_sigma)
+    return {
+        seed: ours[seed]["test"][endpoint] - theirs[seed]["test"][endpoint]
+        for seed in ours
+        if seed in theirs and endpoint in ours[seed]["test"]
+    }
+
+
+def curve(store: Store, cell: str, arm: str, endpoint: str = "f1") -> dict[float, Effect]:
+    """Minus plain training, by sigma: that of the control is 0, and records without one have the default."""
+    found = {0.0: differences(store, cell, f"{arm}, sigma 0", endpoint=endpoint)}
+    found[DEFAULT_SIGMA] = differences(store, cell, arm, endpoint=endpoint)
+    moved = {task.sigma for task in store.records if task.cell == cell and task.arm == arm and task.sigma is not None}
+    for sigma in moved:
+        found[sigma] = differences(store, cell, arm, endpoint=endpoint, sigma=sigma)
+    return {sigma: effect(list(found[sigma].values())) for sigma in sorted(found) if len(found[sigma]) > 1}
+
+
+def over_cells(store: Store, arm: str, *, to: str = "plain", endpoint: str = "f1") -> tuple[dict[str, Effect], Effect]:
+    """The effect in every primary cell that has records, and of their means: each cell is one number."""
+    found = {cell: list(differences(store, cell, arm, to=to, endpoint=endpoint).values()) for cell in PRIMARY}
+    effects = {cell: effect(values) for cell, values in found.items() if len(values) > 1}
+    means = [one.mean for one in effects.values()]
+    nothing = Effect(float("nan"), float("nan"), float("nan"), float("nan"), len(means))
+    return effects, effect(means) if len(means) > 1 else nothing
+
+
+def score(store: Store, cell: str, arm: str = "plain", endpoint: str = "f1", part: str = "test") -> float:
+    """Mean over seeds."""
+    return fmean(record[part][endpoint] for record in records(store, cell, arm).values())
+
+
+def overfitting(store: Store, cell: str) -> float:
+    """Accuracy of plain training on its own rows minus that on test rows, in points."""
+    return score(store, cell, "plain", "accuracy", "train") - score(store, cell, "plain", "accuracy")
+
+
+def setting(store: Store, cell: str, arm: str) -> float | None:
+    """What was chosen; None if there was nothing to choose, and while the choice is not complete."""
+    try:
+        return store.chosen(cell, arm)
+    except RuntimeError:
+        return None
+
+
+def records_table(store: Store) -> pd.DataFrame:
+    """A row for every training; scores with five significant digits.
+
+    Rows of the seeds from 100 on chose settings, and have no test scores. ``setting`` is what the arm's knob stood at.
+    """
+    rows: list[dict[str, Any]] = []
+    chosen = cache(partial(setting, store))
+    for task, record in store.records.items():
+        scores = {
+            f"{part}_{name}": value
+            for part in ("train", "validation", "test")
+            for name, value in record.get(part, {}).items()
+        }
+        row = {
+            "cell": task.cell,
+            "arm": task.arm,
+            "seed": task.seed,
+            "setting": chosen(task.cell, task.arm) if task.setting is None else ARMS[task.arm].values[task.setting],
+            "sigma": record["options"].get("sigma"),
+            **{name: record[name] for name in ("rate", "seconds", "steps")},
+            **scores,
+        }
+        rows.append({name: _rounded(value) for name, value in row.items()})
+    table = pd.DataFrame(rows)
+    return table.sort_values(["cell", "arm", "sigma", "setting", "seed"], ignore_index=True) if rows else table
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def clear_cells(effects: Sequence[Effect], *, above: bool) -> int:
+    """How many intervals lie on one side of zero."""
+    return sum(one.low > 0 if above else one.high < 0 for one in effects)

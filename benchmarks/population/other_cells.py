@@ -1,0 +1,104 @@
+"""Tables of the population study beside its main grid: moved cells, the ladder, domains, other populations."""
+
+from population.arms import DEFAULT_SIGMA, VARIANT_SIGMA, VARIANTS
+from population.cells import LADDER, PRIMARY, SECONDARY
+from population.effects import ENDPOINTS, MARGIN, differences, records, score
+from population.inference import effect, non_inferior
+from population.markdown import both_ends, section, shown, table
+from population.tasks import CELLS, Store
+
+__all__ = ["domains", "ladder", "secondary", "variants"]
+
+PREFIX = "variant: "
+COLUMNS = 5  # of a table that is read at the width of a page
+NAMES = {"r2": "R2, percent", "mse": "mean squared error", **ENDPOINTS}
+
+
+def secondary(store: Store) -> str:
+    """Descriptive: no tests."""
+    arms = ("closure", "unchanged")
+    rows = [
+        [
+            cell,
+            f"{score(store, cell):.2f}",
+            *[
+                shown(list(differences(store, cell, arm, endpoint=endpoint).values()), endpoint)
+                for endpoint in ("f1", "log_loss")
+                for arm in arms
+            ],
+        ]
+        for cell in SECONDARY
+        if len(differences(store, cell, "closure")) > 1
+    ]
+    header = ["cell", "plain, F1", "closure, F1", "unchanged, F1", "closure, log-loss", "unchanged, log-loss"]
+    text = "MNIST-1D with 1,000 rows, one thing moved at a time; the learning rate is the cell's own, six seeds."
+    return section("Secondary cells", text, table(header, rows)) if rows else ""
+
+
+def ladder(store: Store) -> str:
+    """The population's effect on the ground beside those of common methods."""
+    ground = "ladder: ground"
+    if len(records(store, ground, "plain")) < 2:
+        return ""
+    population = differences(store, ground, "closure")
+    rows = [["population, closure", both_ends(effect(list(population.values()))), "", "", ""]]
+    for name in LADDER:
+        cell = f"ladder: {name}"
+        own = differences(store, cell, "plain", other=ground)
+        lead = [population[seed] - own[seed] for seed in own if seed in population]
+        if name == "ground" or len(lead) < 2:
+            continue
+        high = "yes" if non_inferior(lead, MARGIN) else "not shown"
+        on_top = list(differences(store, cell, "closure").values())
+        rows.append([name, both_ends(effect(list(own.values()))), both_ends(effect(lead)), high, shown(on_top)])
+    header = ["macro-F1 over the ground", "own effect", "population's minus its own", "as high?", "population on top"]
+    text = (
+        f"Ground: tanh, plain initialisation, SGD at a constant rate ({score(store, ground):.2f} points of macro-F1). "
+        f"As high: the interval of the population's effect minus the method's own lies above -{MARGIN} points."
+    )
+    return section("Beside widespread methods, each alone", text, table(header, rows))
+
+
+def domains(store: Store) -> str:
+    """Every cell that is of none of the other tables: what its arms gain."""
+    known = {*PRIMARY, *SECONDARY, *(f"ladder: {name}" for name in LADDER)}
+    tables: list[str] = []
+    for cell in [name for name in CELLS if name not in known and records(store, name, "plain")]:
+        scored = next(iter(records(store, cell, "plain").values()))["test"]
+        endpoints = [name for name in ("r2", "mse", "f1", "log_loss", "scaled_log_loss") if name in scored]
+        rows = [["plain, its scores", *[f"{score(store, cell, endpoint=name):.4g}" for name in endpoints]]]
+        arms = dict.fromkeys((task.arm, task.sigma) for task in store.records if task.cell == cell)
+        for arm, sigma in arms:
+            if arm == "plain" or arm.startswith(PREFIX):
+                continue
+            found = [list(differences(store, cell, arm, endpoint=name, sigma=sigma).values()) for name in endpoints]
+            name = arm if sigma is None else f"{arm}, sigma {sigma:g}"
+            rows.append([name, *[shown(values, name) for values, name in zip(found, endpoints, strict=True)]])
+        tables.append(table([f"{cell}, minus plain", *[NAMES[name] for name in endpoints]], rows))
+    return section("Other domains, and BatchNorm at a constant rate", *tables) if tables else ""
+
+
+def variants(store: Store) -> str:
+    """Each variant minus the library's population of the same way, at the same sigma."""
+    sigma = None if VARIANT_SIGMA == DEFAULT_SIGMA else VARIANT_SIGMA
+
+    def against_its_base(cell: str, name: str, endpoint: str) -> list[float]:
+        base = "closure" if VARIANTS[name].options["population_size"] > 1 else "unchanged"
+        return list(differences(store, cell, name, to=base, endpoint=endpoint, other_sigma=sigma).values())
+
+    cells = [cell for cell in CELLS if any(records(store, cell, name) for name in VARIANTS)]
+    names = [name for name in VARIANTS if any(records(store, cell, name) for cell in cells)]
+    tables: list[str] = []
+    for endpoint in ("f1", "log_loss"):
+        rows = [[cell, *[shown(against_its_base(cell, name, endpoint), endpoint) for name in names]] for cell in cells]
+        for part in range(0, len(names), COLUMNS):
+            header = [
+                NAMES[endpoint].split(",")[0],
+                *[name.removeprefix(PREFIX) for name in names[part : part + COLUMNS]],
+            ]
+            tables.append(table(header, [[row[0], *row[1 + part : 1 + part + COLUMNS]] for row in rows]))
+    text = (
+        f"Each minus the library's population in the same way and at the same sigma, {VARIANT_SIGMA:g}: the unchanged "
+        "loop, and for loss-weighted members the closure."
+    )
+    return section("Other populations", text, *tables) if tables else ""
