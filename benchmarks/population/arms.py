@@ -82,12 +82,14 @@ ARMS: dict[str, Arm] = {
     "plain, 4 x the batch": Arm(batch=MEMBERS, epochs=MEMBERS, knob=_RATE, values=RATES),
     "plain, equal seconds": Arm(),
 }
-# Each is compared with the arm of the same way, at the same sigma; losses weigh members only where there are several.
+# Each is compared with the arm of its way at the same sigma: the unchanged loop, where one draw of noise is all there
+# is, but for the one that needs several members.
 VARIANTS: dict[str, Arm] = {
-    f"variant: {change}, {way}": Arm("variant", {"population_size": size, "sigma": VARIANT_SIGMA, "change": change})
-    for way, size in (("closure", MEMBERS), ("unchanged", 1))
-    for change in CHANGES
-    if size > 1 or not CHANGES[change].weighted
+    f"variant: {name}": Arm(
+        "variant",
+        {"population_size": MEMBERS if change.weighted else 1, "sigma": VARIANT_SIGMA, "change": name},
+    )
+    for name, change in CHANGES.items()
 }
 # Settings that an arm takes over: the learning rate of plain training unless another arm is named here.
 BORROWS_RATE = {"plain, equal seconds": "plain, 4 x the epochs"}

@@ -63,6 +63,11 @@ class Cell:
         return self.recipe.epochs * max(1, self.rows // self.recipe.batch)
 
     @property
+    def normalised(self) -> bool:
+        """Whether there is batch normalisation."""
+        return self.network == "ResNet" or self.look.batch_norm
+
+    @property
     def endpoint(self) -> str:
         """The score by which settings are chosen and effects are judged, in percent."""
         return "r2" if self.source in REGRESSION else "f1"

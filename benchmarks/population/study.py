@@ -12,10 +12,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from population.arms import ARMS, DEFAULT_SIGMA, VARIANT_SIGMA, VARIANTS
+from population.arms import ARMS, DEFAULT_SIGMA, VARIANT_SIGMA
 from population.cells import CURVES, DOMAINS, LADDER, NORMALISED, PRIMARY, SECONDARY
 from population.report import report
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
+from population.variants import CHANGES, MENDS
 
 SIGMAS = (0.05, 0.2, 0.4, 0.8)  # of the curves, beside the default and 0
 CONTROLS = [
@@ -74,8 +75,9 @@ def closure(store: Store, cell: str, workers: int) -> None:
 def variants(store: Store, cell: str, workers: int) -> None:
     """Other populations, at one sigma, and the library's at that sigma."""
     sigma = None if VARIANT_SIGMA == DEFAULT_SIGMA else VARIANT_SIGMA
-    ours = [Task(cell, way, seed, sigma=sigma) for seed in SECONDARY_SEEDS for way in ("closure", "unchanged")]
-    tasks = [Task(cell, arm, seed) for seed in SECONDARY_SEEDS for arm in VARIANTS]
+    ours = [Task(cell, way, seed, sigma=sigma) for seed in SEEDS for way in ("closure", "unchanged")]
+    names = [name for name in CHANGES if name not in MENDS or CELLS[cell].normalised]
+    tasks = [Task(cell, f"variant: {name}", seed) for seed in SEEDS for name in names]
     run(store, [*ours, *tasks], f"{cell}: variants", workers)
 
 
@@ -109,7 +111,7 @@ STAGES = {
     "primary": (primary, list(PRIMARY)),
     "unchanged": (unchanged, list(PRIMARY)),
     "normalised": (primary, list(NORMALISED)),
-    "variants": (variants, [*CURVES, *NORMALISED]),
+    "variants": (variants, [*CURVES, "mnist1d-1000 ResNet", *NORMALISED]),
     "rivals": (rivals, list(PRIMARY)),
     "closure": (closure, CURVES),
     "domains": (domains, list(DOMAINS)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradwise import Population
 
-__all__ = ["CHANGES", "Change", "Members", "scale_invariant"]
+__all__ = ["CHANGES", "MENDS", "Change", "Members", "scale_invariant"]
 
 MEMORY = 0.9  # correlation of the noise of consecutive steps
 
@@ -64,6 +64,10 @@ CHANGES = {
     "scale-invariant tensors left out": Change(tensors="no scale-invariant ones"),
     "norms kept": Change(norms_kept=True),
 }
+
+
+# What is only there for networks with batch normalisation: without it, they are the library's population.
+MENDS = {"scale-invariant tensors left out", "norms kept"}
 
 
 def scale_invariant(model: nn.Module) -> list[nn.Parameter]:
