@@ -94,6 +94,7 @@ def made_up(best: float, overfit: float) -> dict[str, Any]:
         "members": {"moments": [{**members, "cost": 0.4}, {**members, "cost": 0.8}], "rate": 0.1},
         "search": {"best": best, "worth": [{**one, "held_out": held} for one in worth], "rate": 0.1},
         "short search": {"best": best, "cautious": best, "worth": [{"cost": 0.2}] * 4, "rate": 0.1},
+        "late forks": {"best": best, "shared": 0.4, "worth": [{"cost": 0.4}] * 3, "rate": 0.1},
     }
 
 
@@ -195,6 +196,7 @@ def test_probes_of_a_short_training(tmp_path: Path) -> None:
     assert 0.8 < forks["cost"] < 2  # 0.8 trainings; forks of a step each are 4 % of so short a one
     assert [one["sigma"] for one in found["search"]["worth"]] == [0.0, 0.1, 0.4]
     assert found["search"]["worth"][0]["cost"] == pytest.approx(0.8 + 1 / 9)  # one pass forward of three epochs
+    assert RULES["forks from half way to the end"].cost(found) == pytest.approx(4 * 0.4 + 3 / 9)
     for moment in found["members"]["moments"]:
         assert moment["agreement"][0] == 1
         assert moment["rise"][0] == 0

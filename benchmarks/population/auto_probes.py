@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradwise.torch import PopulationGradient
 from population.auto_training import Run, parted
 from population.cells import Cell
-from population.data import split
+from population.data import Rows, split
 from population.networks import make
 from population.scores import log_losses, scores, temperature
 from population.training import NOISE
@@ -147,25 +147,39 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def searched(cell: Cell, seed: int, *, sigmas: Sequence[float], shorter: float = 1.0) -> Record:
-    """Trainings on four fifths of the rows, with a whole schedule each: what they are worth on the others.
+    """Trainings on four fifths of the rows, with a whole schedule each."""
+    fit, held = parted(cell, seed)
+    short = cell.changed({"epochs": max(1, round(shorter * cell.recipe.epochs))})
+    return _compared(cell, [Run(short, fit, seed, sigma) for sigma in sigmas], held)
+
+
+def late_forks(cell: Cell, seed: int) -> Record:
+    """One training on four fifths of the rows, which forks half way; the forks go on to the end of the schedule."""
+    fit, held = parted(cell, seed)
+    run = Run(cell, fit, seed, DEFAULT)
+    run.until(run.cell.steps // 2)
+    found = _compared(cell, [run.fork(sigma) for sigma in SEARCHED], held)
+    return {**found, "shared": _cost(cell, run.done, 0)}
+
+
+def _compared(cell: Cell, runs: Sequence[Run], held: Rows) -> Record:
+    """What runs are worth on held-out rows when they have come to their end.
 
     The best one has the least scaled log-loss; a cautious choice leaves the default only if that is significant.
     """
-    fit, held = parted(cell, seed)
-    short = cell.changed({"epochs": max(1, round(shorter * cell.recipe.epochs))})
     found: dict[float, Losses] = {}
     worth: list[Record] = []
-    for sigma in sigmas:
-        run = Run(short, fit, seed, sigma)
+    for run in runs:
+        begun = run.done
         run.until(run.cell.steps)
-        seen, unseen = ((run.logits(x), y.numpy()) for x, y in (fit, held))
-        found[sigma] = losses(unseen[0], held[1], scaled=True)
+        seen, unseen = ((run.logits(x), y.numpy()) for x, y in (run.rows, held))
+        found[run.sigma] = losses(unseen[0], held[1], scaled=True)
         worth.append(
             {
-                "sigma": sigma,
+                "sigma": run.sigma,
                 "train": scores(*seen, scaled_by=temperature(*unseen)),
                 "held_out": scores(*unseen, scaled_by=temperature(*unseen)),
-                "cost": _cost(cell, run.cell.steps, cell.rows),
+                "cost": _cost(cell, run.done - begun, cell.rows),
             }
         )
     cautious, t = decided(found, DEFAULT)
@@ -184,4 +198,5 @@ PROBES: dict[str, Probe] = {
     "members": members,
     "search": lambda cell, seed: searched(cell, seed, sigmas=SEARCHED),
     "short search": lambda cell, seed: searched(cell, seed, sigmas=SHORT, shorter=SHORTER),
+    "late forks": late_forks,
 }

@@ -129,5 +129,9 @@ RULES: dict[str, Rule] = {
     "gap of accuracy": _gap("accuracy", -1, np.linspace(1, 60, 25).tolist()),
     "search over short trainings": Rule(_found("short search", "best"), _searching("short search")),
     "search over short trainings, cautious": Rule(_found("short search", "cautious"), _searching("short search")),
+    "forks from half way to the end": Rule(
+        _found("late forks", "best"),
+        lambda probes: probes["late forks"]["shared"] + _searching("late forks")(probes),
+    ),
     "grid search": Rule(_found("search", "best"), _searching("search")),
 }
