@@ -5,7 +5,7 @@ Colours are those of Okabe and Ito, which people with any kind of colour vision 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +28,7 @@ BLUE, ORANGE, GREEN, SKY, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#56B4E
 WAYS = {"closure": BLUE, "unchanged": ORANGE, "sharded": GREEN}
 NAMES = {"closure": "closure", "unchanged": "unchanged loop", "sharded": "sharded"}
 MARKS = {"MLP": "o", "CNN": "s", "ResNet": "^", "GRU": "D", "transformer": "P"}
-TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5)  # of points of F1: linear from -2 to 2, beyond it logarithmic
+BENDS = {"points": 1.0, "nats": 0.1}  # up to where an axis of effects is linear; it is logarithmic beyond
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -116,7 +116,7 @@ def draw_arms(store: Store) -> Figure | None:
 
 
 def draw_sigma(store: Store) -> Figure | None:
-    """Effect over sigma, a panel for each cell; sigmas are spaced equally, effects beyond two points as logarithms."""
+    """Effect over sigma, a panel for each cell; sigmas are spaced equally."""
     curves = {(cell, way): curve(store, cell, way) for cell in PRIMARY for way in ("closure", "unchanged")}
     curves = {key: found for key, found in curves.items() if len(found) > 2}  # more than 0 and the default
     cells = list(dict.fromkeys(cell for cell, _ in curves))
@@ -141,9 +141,7 @@ def draw_sigma(store: Store) -> Figure | None:
         axis.tick_params(labelsize=8, labelbottom=True)
     handles = [_handle(WAYS[way], NAMES[way]) for way in ("closure", "unchanged")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    axes[0][0].set_yscale("symlog", linthresh=2)
-    axes[0][0].set_yticks(TICKS, [f"{tick:+d}" for tick in TICKS], minor=False)
-    axes[0][0].set_yticks([], minor=True)
+    _bent(axes[0][0], "y", "points")
     for axis in axes[-1]:
         axis.set_xlabel("sigma")
     figure.supylabel("macro-F1, points, minus plain training", fontsize=9)
@@ -177,9 +175,11 @@ def draw_where(store: Store) -> Figure | None:
         xscale="log", xlabel="training rows (shifted a little)", ylabel="macro-F1, points, minus plain training"
     )
     sizes = sorted({CELLS[cell].rows for cell in PRIMARY})
+    axes[0].set_xlim(0.7 * sizes[0], 1.4 * sizes[-1])
     axes[0].set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes[0].minorticks_off()
     axes[1].set_xlabel("over-fitting of plain training: accuracy, training minus test, points")
+    _bent(axes[0], "y", "points")
     for axis in axes:
         axis.axhline(0, color=BLACK, lw=0.8)
     handles = [_handle(colour, arm) for arm, colour in arms.items()]
@@ -204,7 +204,9 @@ def draw_exact(store: Store) -> Figure | None:
     }
     cells = list(found["cell"].unique())
     moments = sorted(found["moment"].unique())
-    figure, axes = plt.subplots(2, len(cells), figsize=(9.2, 5.2), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(cells), figsize=(9.2, 5.2), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
     for column, cell in enumerate(cells):
         for row, value in enumerate(("error", "cosine")):
             axis = axes[row][column]
@@ -238,6 +240,19 @@ def _line(axis: Any, x: Any, found: list[Effect], colour: str, style: str = "o-"
     return axis.errorbar(x, means, widths, fmt=style, color=colour, ms=3.5, lw=1.2, label=label)[0]
 
 
+def _bent(axis: Any, direction: Literal["x", "y"], unit: str) -> None:
+    """Linear around zero and logarithmic beyond, when everything is drawn: effects differ by factors of a hundred."""
+    bend = BENDS[unit]
+    getattr(axis, f"set_{direction}scale")("symlog", linthresh=bend)
+    low, high = (1.3 * end if abs(end) > bend else end for end in getattr(axis, f"get_{direction}lim")())
+    getattr(axis, f"set_{direction}lim")(low, high)
+    sizes = [bend * step for step in (0.5, 1, 2, 5, 10, 20, 50)]
+    ticks = [tick for tick in (*(-size for size in sizes), 0.0, *sizes) if low <= tick <= high]
+    set_ticks = getattr(axis, f"set_{direction}ticks")
+    set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    set_ticks([], minor=True)
+
+
 def _handle(colour: str, label: str, *, hollow: bool = False) -> Line2D:
     return Line2D([], [], marker="o", ms=5, color=colour, mfc="white" if hollow else colour, label=label)
 
@@ -246,5 +261,9 @@ def _zero(axis: Any, endpoint: str) -> None:
     """A line where nothing changes, and what the axis says."""
     axis.axvline(0, color=BLACK, lw=0.8)
     side = "left" if "loss" in endpoint else "right"
-    axis.set_xlabel(f"{ENDPOINTS[endpoint]}, minus plain training\n({side} is better)")
+    unit = ENDPOINTS[endpoint].rsplit(", ", 1)[1]
+    axis.set_xlabel(
+        f"{ENDPOINTS[endpoint]}\nminus plain training ({side} is better; logarithmic beyond {BENDS[unit]:g})"
+    )
+    _bent(axis, "x", unit)
     axis.grid(axis="y", visible=False)

@@ -134,8 +134,8 @@ def _rivals(store: Store) -> str:
     for rival in RIVALS:
         found = [over_cells(store, arm, to=rival)[1] for arm in ours]
         losses = over_cells(store, ours[1], to=rival, endpoint="log_loss")[1]
-        if found[1].pairs > 1:
-            high = "yes" if found[1].low > -MARGIN else "not shown"
+        if any(one.pairs > 1 for one in found):
+            high = "" if found[1].pairs < 2 else "yes" if found[1].low > -MARGIN else "not shown"
             rows.append([rival, *[shown(one) for one in found], high, shown(losses, "log_loss")])
     header = ["macro-F1 minus that of", *ours, f"tuned closure above -{MARGIN}", "tuned closure, log-loss"]
     text = (
@@ -194,15 +194,22 @@ def _where(store: Store) -> str:
             }
             if len(effects) > 3 and (arm == "closure" or title == "primary cells"):
                 gaps, sizes = [overfitting(store, cell) for cell in effects], [CELLS[cell].rows for cell in effects]
-                found: list[Any] = [spearmanr(values, list(effects.values())) for values in (gaps, sizes)]
-                row = [f"{one.statistic:+.2f} (p {one.pvalue:.2f})" for one in found]
-                rows.append([f"{arm}, {title}", str(len(effects)), *row])
+                ranks = [_ranked(values, list(effects.values())) for values in (gaps, sizes)]
+                rows.append([f"{arm}, {title}", str(len(effects)), *ranks])
     header = ["effect on macro-F1", "cells", "over-fitting", "training rows"]
     text = (
         "Spearman's rank correlation, over cells, of the effect with the degree of over-fitting (accuracy of plain "
         "training on its own rows minus that on test rows) and with the number of training rows."
     )
     return section("Where it helps", text, table(header, rows)) if rows else ""
+
+
+def _ranked(x: Sequence[float], y: Sequence[float]) -> str:
+    """Spearman's correlation; nothing where one of both is all the same."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return ""
+    found: Any = spearmanr(x, y)
+    return f"{found.statistic:+.2f} (p {found.pvalue:.2f})"
 
 
 def _number(value: float | None) -> str:
