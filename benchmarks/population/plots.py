@@ -144,7 +144,7 @@ def draw_sigma(store: Store) -> Figure | None:
     _bent(axes[0][0], "y", "points")
     for axis in axes[-1]:
         axis.set_xlabel("sigma")
-    figure.supylabel("macro-F1, points, minus plain training", fontsize=9)
+    figure.supylabel("macro-F1, points, minus plain training (logarithmic beyond 1)", fontsize=9)
     return figure
 
 
