@@ -77,13 +77,13 @@ def _primary(store: Store) -> str:
         return ""
     corrected = holm([one.p for one in effects.values()])
     rows = [
-        [cell, f"{score(store, cell):.2f}", both_ends(one), f"{one.p:.3f}", f"{p:.3f}", str(one.pairs)]
+        [cell, f"{score(store, cell):.2f}", both_ends(one), _p(one.p), _p(p), str(one.pairs)]
         for (cell, one), p in zip(effects.items(), corrected, strict=True)
     ]
     if len(effects) == len(PRIMARY):
         every = overall(_frame(store, list(effects)))
-        rows.append(["all, mixed model", "", both_ends(every), f"{every.p:.3f}", "", str(every.pairs)])
-        rows.append(["all, a number for each cell", "", both_ends(over), f"{over.p:.3f}", "", f"{over.pairs} cells"])
+        rows.append(["all, mixed model", "", both_ends(every), _p(every.p), "", str(every.pairs)])
+        rows.append(["all, a number for each cell", "", both_ends(over), _p(over.p), "", f"{over.pairs} cells"])
     text = (
         "The closure with its default (sigma 0.1, 4 members) minus plain training, points of macro-F1. Holm's "
         f"correction is for the {len(effects)} cells. The mixed model has random effects of the data set, the "
@@ -202,6 +202,10 @@ def _where(store: Store) -> str:
         "training on its own rows minus that on test rows) and with the number of training rows."
     )
     return section("Where it helps", text, table(header, rows)) if rows else ""
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _ranked(x: Sequence[float], y: Sequence[float]) -> str:
