@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from population import effects, exact_gradient, exact_report, inference, other_cells, plots, report
+from population import effects, exact_gradient, exact_report, inference, other_cells, plots, published, report
 from population.arms import ARMS, VARIANT_SIGMA, VARIANTS
 from population.cells import DOMAINS, PRIMARY, SECONDARY
 from population.networks import make
@@ -85,7 +85,7 @@ def text(store: Store) -> str:
 def test_no_records_no_tables(tmp_path: Path) -> None:
     assert report.report(Store(tmp_path / "nothing.jsonl")) == "\n"
     assert plots.save(Store(tmp_path / "nothing.jsonl"), tmp_path) == []
-    assert effects.records_table(Store(tmp_path / "nothing.jsonl")).empty
+    assert published.records_table(Store(tmp_path / "nothing.jsonl")).empty
 
 
 def test_primary_endpoint_and_arms(text: str) -> None:
@@ -164,8 +164,13 @@ def test_costs_count_the_tuning_of_the_arm_and_of_its_rate(tmp_path: Path) -> No
 
 def test_records_are_exported_with_their_settings(store: Store, tmp_path: Path) -> None:
     report.write(store, tmp_path)
-    table = pd.read_csv(tmp_path / "population_study.csv.gz")
+    table = pd.read_csv(tmp_path / published.FILE)
     assert len(table) == len(store.records)
+    loaded = {Task(**record["task"]): record for record in published.load(tmp_path / published.FILE)}
+    assert set(loaded) == set(store.records)
+    for task, record in loaded.items():
+        assert record["validation"] == pytest.approx(store.records[task]["validation"], rel=1e-4)
+        assert record.get("test", {}) == pytest.approx(store.records[task].get("test", {}), rel=1e-4)
     tuned = table[(table["cell"] == CELL) & (table["arm"] == "plain")]
     assert sorted(set(tuned["setting"])) == sorted(ARMS["plain"].values)
     assert set(tuned[tuned["seed"] < 100]["setting"]) == {ARMS["plain"].values[3]}

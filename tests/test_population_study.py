@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from population import inference, report, scores, study
+from population import inference, scores, study
 from population.arms import ARMS, prepared
 from population.cells import PRIMARY, SECONDARY, cells
 from population.data import split
@@ -120,7 +120,6 @@ def test_inference() -> None:
     np.testing.assert_allclose(inference.holm([0.01, 0.04, 0.5]), [0.03, 0.08, 0.5])
 
 
-@pytest.mark.filterwarnings("ignore::statsmodels.tools.sm_exceptions.ConvergenceWarning")  # variances of zero
 def test_the_mixed_model_is_wider_than_independent_rows_where_cells_differ() -> None:
     rng = np.random.default_rng(1)
     rows = [
@@ -142,27 +141,3 @@ def test_quick_run_makes_a_record_of_every_arm(tmp_path: Path) -> None:
     assert {task.arm for task in store.records} == set(ARMS)
     assert len(Store(store.path).records) == 2 * len(ARMS)
     assert all(np.isfinite(record["test"]["log_loss"]) for record in store.records.values())
-
-
-@pytest.mark.filterwarnings("ignore::statsmodels.tools.sm_exceptions.ConvergenceWarning")  # variances of zero
-def test_report_has_the_effects_of_the_records(tmp_path: Path) -> None:
-    store = Store(tmp_path / "records.jsonl")
-    assert report.report(store) == "\n"
-    shifts = {"plain": 0.0, "closure": 1.0, "unchanged": 0.5, "SAM": -2.0}
-    rng = np.random.default_rng(0)
-    for cell in (*PRIMARY, "ladder: ground", "ladder: ground + ReLU"):
-        for arm, shift in shifts.items():
-            for seed in range(4):
-                value = 50.0 + seed + shift * (1 + 0.1 * (-1) ** seed) + 5.0 * cell.endswith("ReLU")
-                value += rng.normal() if cell != CELL and "ladder" not in cell and arm == "closure" else 0
-                points = dict.fromkeys(report.ENDPOINTS, value)
-                store.add({"task": vars(Task(cell, arm, seed)), "version": 1, "seconds": 2.0, "test": points})
-    text = report.report(store)
-    row = next(line for line in text.splitlines() if line.startswith("| digits-200 CNN | 51.50"))
-    assert "+1.00 (+0.82 to +1.18)" in row  # mean of 1.1, 0.9, 1.1, 0.9, and t(3) times its standard error
-    assert "| all, mixed model |" in text
-    assert "**-2.00" in next(line for line in text.splitlines() if line.startswith("| SAM |"))
-    ladder = next(line for line in text.splitlines() if line.startswith("| ground + ReLU |"))
-    assert "+5.00" in ladder  # its own effect
-    assert "-4.00" in ladder  # the population's minus that
-    assert "not shown" in ladder

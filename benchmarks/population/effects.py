@@ -1,13 +1,9 @@
 """Effects of the population study from its records: what the tables and the pictures have in common."""
 
 from collections.abc import Sequence
-from functools import cache, partial
 from statistics import fmean
-from typing import Any
 
-import pandas as pd
-
-from population.arms import ARMS, DEFAULT_SIGMA
+from population.arms import DEFAULT_SIGMA
 from population.cells import PRIMARY
 from population.inference import Effect, effect
 from population.tasks import SEEDS, Record, Store, Task
@@ -20,7 +16,6 @@ __all__ = [
     "over_cells",
     "overfitting",
     "records",
-    "records_table",
     "score",
 ]
 
@@ -114,37 +109,6 @@ def setting(store: Store, cell: str, arm: str) -> float | None:
         return store.chosen(cell, arm)
     except RuntimeError:
         return None
-
-
-def records_table(store: Store) -> pd.DataFrame:
-    """A row for every training; scores with five significant digits.
-
-    Rows of the seeds from 100 on chose settings, and have no test scores. ``setting`` is what the arm's knob stood at.
-    """
-    rows: list[dict[str, Any]] = []
-    chosen = cache(partial(setting, store))
-    for task, record in store.records.items():
-        scores = {
-            f"{part}_{name}": value
-            for part in ("train", "validation", "test")
-            for name, value in record.get(part, {}).items()
-        }
-        row = {
-            "cell": task.cell,
-            "arm": task.arm,
-            "seed": task.seed,
-            "setting": chosen(task.cell, task.arm) if task.setting is None else ARMS[task.arm].values[task.setting],
-            "sigma": record["options"].get("sigma"),
-            **{name: record[name] for name in ("rate", "seconds", "steps")},
-            **scores,
-        }
-        rows.append({name: _rounded(value) for name, value in row.items()})
-    table = pd.DataFrame(rows)
-    return table.sort_values(["cell", "arm", "sigma", "setting", "seed"], ignore_index=True) if rows else table
-
-
-def _rounded(value: object) -> object:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def clear_cells(effects: Sequence[Effect], *, above: bool) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import spearmanr
 
+from population import published
 from population.arms import ARMS
 from population.cells import CURVES, PRIMARY, SECONDARY
 from population.costs import costs
@@ -26,7 +27,6 @@ from population.effects import (
     over_cells,
     overfitting,
     records,
-    records_table,
     score,
     setting,
 )
@@ -222,13 +222,11 @@ def _number(value: float | None) -> str:
 
 def write(store: Store, docs: Path) -> None:
     """Tables, records and figures."""
-    from population.plots import save
+    from population import plots  # matplotlib only where there are pictures
 
     (docs / "population_study_tables.md").write_text(report(store))
-    records_table(store).to_csv(
-        docs / "population_study.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
-    )
-    save(store, docs / "images")
+    published.save(store, docs / published.FILE)
+    plots.save(store, docs / "images")
 
 
 def main() -> None:

@@ -1,0 +1,86 @@
+"""The records of the population study as they are published: one row of a compressed table for each training.
+
+``docs/population_study.csv.gz`` is for readers, and what a run goes on from with ``--published``.
+"""
+
+import math
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from population.arms import ARMS, VARIANTS
+from population.tasks import VERSION, Record, Store, Task
+
+__all__ = ["FILE", "load", "records_table", "save"]
+
+FILE = "population_study.csv.gz"
+PARTS = ("train", "validation", "test")
+PLAIN = ("rate", "seconds", "steps")  # of a record, beside scores
+
+
+def records_table(store: Store) -> pd.DataFrame:
+    """A row for every training; scores with five significant digits.
+
+    Rows of the seeds from 100 on chose settings, and have no test scores. ``setting`` is what the arm's knob stood at.
+    """
+    rows: list[dict[str, Any]] = []
+    chosen = cache(partial(_setting, store))
+    for task, record in store.records.items():
+        scores = {f"{part}_{name}": value for part in PARTS for name, value in record.get(part, {}).items()}
+        row = {
+            "cell": task.cell,
+            "arm": task.arm,
+            "seed": task.seed,
+            "setting": chosen(task.cell, task.arm) if task.setting is None else ARMS[task.arm].values[task.setting],
+            "sigma": record["options"].get("sigma"),
+            **{name: record[name] for name in PLAIN},
+            **scores,
+        }
+        rows.append({name: _rounded(value) for name, value in row.items()})
+    table = pd.DataFrame(rows)
+    return table.sort_values(["cell", "arm", "sigma", "setting", "seed"], ignore_index=True) if rows else table
+
+
+def _setting(store: Store, cell: str, arm: str) -> float | None:
+    """What was chosen; None if there was nothing to choose, and while the choice is not complete."""
+    try:
+        return store.chosen(cell, arm)
+    except RuntimeError:
+        return None
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def save(store: Store, path: Path) -> None:
+    """Write the table; the same records make the same bytes."""
+    records_table(store).to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a table, as `Store.add` takes them."""
+    return [_record(row) for row in pd.read_csv(path).to_dict("records")]
+
+
+def _record(row: dict[Any, Any]) -> Record:
+    present = {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+    cell, name, seed = present["cell"], present["arm"], int(present["seed"])
+    arm = {**ARMS, **VARIANTS}[name]
+    setting = arm.values.index(present["setting"]) if "test_f1" not in present and "test_r2" not in present else None
+    sigma = present.get("sigma")
+    curve = arm.knob is None and sigma != arm.options.get("sigma", sigma)  # a point of a curve
+    parts: Record = {part: {} for part in PARTS}
+    for column, value in present.items():
+        part, _, score = str(column).partition("_")
+        if part in parts:
+            parts[part][score] = value
+    return {
+        "task": vars(Task(cell, name, seed, setting, sigma if curve else None)),
+        "version": VERSION,
+        "options": {} if sigma is None else {"sigma": sigma},
+        **{plain: present[plain] for plain in PLAIN},
+        **{part: scores for part, scores in parts.items() if scores},
+    }
