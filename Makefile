@@ -21,7 +21,7 @@ help:
 	@echo "make bench-generative   a GAN with a teacher's gradients, and controls (a quarter of an hour; resumable)"
 	@echo "make bench-further   further training with a surrogate's derivatives; rates of check_derivatives (15 minutes)"
 	@echo "make bench-scaling   members under DDP and FSDP2 in 1, 2 and 4 processes: out/scaling.json (under ten minutes)"
-	@echo "make bench-population   where the population gradient helps: out/population.md (hours; resumable)"
+	@echo "make bench-population   where the population gradient helps: tables and figures in out (3 hours; resumable)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
@@ -54,11 +54,15 @@ bench-ridge: .venv/.bench
 bench-capacity: .venv/.bench
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/capacity_evidence.py
 
+STUDY = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m
 bench-population: .venv/.bench
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m population.study
+	$(STUDY) population.study
+	$(STUDY) population.exact_gradient
+	$(STUDY) population.auto
+	$(STUDY) population.report --docs out
 
 bench-population-quick: .venv/.bench
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m population.study --quick
+	$(STUDY) population.study --quick
 
 bench-scaling: .venv/.bench
 	$(BIN)/python benchmarks/scaling.py

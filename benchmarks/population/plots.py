@@ -263,7 +263,7 @@ def _zero(axis: Any, endpoint: str) -> None:
     side = "left" if "loss" in endpoint else "right"
     unit = ENDPOINTS[endpoint].rsplit(", ", 1)[1]
     axis.set_xlabel(
-        f"{ENDPOINTS[endpoint]}\nminus plain training ({side} is better; logarithmic beyond {BENDS[unit]:g})"
+        f"{ENDPOINTS[endpoint]}, minus plain training\n({side} is better; logarithmic beyond {BENDS[unit]:g})"
     )
     _bent(axis, "x", unit)
     axis.grid(axis="y", visible=False)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import spearmanr
 
-from population import published
+from population import auto, published
 from population.arms import ARMS
 from population.cells import CURVES, PRIMARY, SECONDARY
 from population.costs import costs
@@ -64,6 +64,7 @@ def report(store: Store) -> str:
         ladder(store),
         domains(store),
         variants(store),
+        auto.report(store, auto.read(store.path.parent / auto.FILE)),
         exact_tables(store.path.parent),
     ]
     found = [part for part in parts if part]

@@ -1,8 +1,7 @@
 """Runs the population study: ``make bench-population``; goes on from ``out/population.jsonl``.
 
-``--quick`` trains every arm for an epoch on two cells; ``--report`` only writes the tables and the figures of what is
-there (to ``out``); ``--published`` starts from the published records; ``--stages`` and ``--cells`` choose parts. Two
-processes of one thread each by default.
+``--quick`` trains every arm for an epoch on two cells; ``--published`` starts from the published records; ``--stages``
+and ``--cells`` choose parts. Two processes of one thread each by default. `population.report` makes tables and figures.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from population.arms import ARMS, DEFAULT_SIGMA, VARIANT_SIGMA
 from population.cells import CURVES, DOMAINS, LADDER, NORMALISED, PRIMARY, SECONDARY
 from population.published import FILE, load
-from population.report import write
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 from population.variants import CHANGES, MENDS
 
@@ -138,7 +136,6 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", help="names of cells; all by default")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--report", action="store_true", help="only the tables of what is there")
     parser.add_argument("--published", action="store_true", help=f"go on from the records in {FILE}")
     parser.add_argument("--quick", action="store_true", help="a smoke test of some seconds")
     arguments = parser.parse_args()
@@ -152,13 +149,11 @@ def main() -> None:
         for record in load(PUBLISHED):
             if Task(**record["task"]) not in store.records:
                 store.add(record)
-    for stage in () if arguments.report else arguments.stages:
+    for stage in arguments.stages:
         function, names = STAGES[stage]
         for name in names:
             if arguments.cells is None or name in arguments.cells:
                 function(store, name, arguments.workers)
-    write(store, arguments.out)
-    print(f"tables and figures: {arguments.out}")
 
 
 if __name__ == "__main__":
