@@ -40,9 +40,9 @@ Key = tuple[str, int, str]  # cell, seed, probe
 
 
 def fixed(cell: str, seed: int, sigma: float) -> Task:
-    """The training of the unchanged loop with a sigma."""
+    """The training of the unchanged loop with a sigma; with 0 it is plain training, to the bit."""
     if sigma == 0:
-        return Task(cell, "unchanged, sigma 0", seed)
+        return Task(cell, "plain", seed)
     return Task(cell, "unchanged", seed, sigma=None if sigma == DEFAULT else sigma)
 
 

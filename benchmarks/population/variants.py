@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradwise import Population
 
-__all__ = ["CHANGES", "MENDS", "Change", "Members", "scale_invariant"]
+__all__ = ["CHANGES", "MENDS", "ONLY_NORMALISED", "Change", "Members", "scale_invariant"]
 
 MEMORY = 0.9  # correlation of the noise of consecutive steps
 
@@ -66,8 +66,10 @@ CHANGES = {
 }
 
 
-# What is only there for networks with batch normalisation: without it, they are the library's population.
-MENDS = {"scale-invariant tensors left out", "norms kept"}
+# Without batch normalisation these are the library's population.
+ONLY_NORMALISED = {"scale-invariant tensors left out", "norms kept"}
+# Against the growth of weights before a batch normalisation.
+MENDS = {*ONLY_NORMALISED, "differentiated scale", "shrinking sigma"}
 
 
 def scale_invariant(model: nn.Module) -> list[nn.Parameter]:
