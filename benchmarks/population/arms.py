@@ -7,11 +7,22 @@ from typing import Any
 from population.cells import Cell
 from population.variants import CHANGES
 
-__all__ = ["ARMS", "BORROWS_RATE", "DEFAULT_SIGMA", "MEMBERS", "VARIANTS", "VARIANT_SIGMA", "Arm", "prepared"]
+__all__ = [
+    "ARMS",
+    "BORROWS_RATE",
+    "DEFAULT_SIGMA",
+    "LARGE_SIGMA",
+    "MEMBERS",
+    "VARIANTS",
+    "VARIANT_SIGMA",
+    "Arm",
+    "prepared",
+]
 
 MEMBERS = 4
 DEFAULT_SIGMA = 0.1
 VARIANT_SIGMA = 0.1
+LARGE_SIGMA = 0.2  # does harm to residual networks with batch normalisation
 RATES = (0.33, 1.0, 3.3, 10.0)  # factors on the cell's learning rate
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from population.data import REGRESSION
 from population.networks import Look
 
-__all__ = ["CURVES", "DOMAINS", "LADDER", "NORMALISED", "PRIMARY", "SECONDARY", "Cell", "Recipe", "cells"]
+__all__ = ["CURVES", "DOMAINS", "LADDER", "MENDED", "NORMALISED", "PRIMARY", "SECONDARY", "Cell", "Recipe", "cells"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ NORMALISED: dict[str, Cell] = {
     ),
     "mnist1d-1000 ResNet, constant rate": PRIMARY["mnist1d-1000 ResNet"].changed({"decay": "constant"}),
 }
+
+MENDED = ["mnist1d-1000 ResNet", "mnist1d-1000 wrong labels ResNet"]
 
 # From tanh, plain initialisation and SGD at a constant rate; each listed method alone, and all of them.
 _GROUND = Recipe(optimizer="sgd", learning_rate=0.1, epochs=50, batch=50, decay="constant")

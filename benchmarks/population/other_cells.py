@@ -1,13 +1,14 @@
 """Tables of the population study beside its main grid: moved cells, the ladder, domains, other populations."""
 
-from population.arms import DEFAULT_SIGMA, VARIANT_SIGMA, VARIANTS
-from population.cells import LADDER, PRIMARY, SECONDARY
+from population.arms import DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
+from population.cells import LADDER, MENDED, PRIMARY, SECONDARY
 from population.effects import ENDPOINTS, MARGIN, differences, records, score
 from population.inference import effect, non_inferior
 from population.markdown import both_ends, section, shown, table
 from population.tasks import CELLS, Store
+from population.variants import MENDS
 
-__all__ = ["domains", "ladder", "secondary", "variants"]
+__all__ = ["domains", "ladder", "mends", "secondary", "variants"]
 
 PREFIX = "variant: "
 COLUMNS = 5  # of a table that is read at the width of a page
@@ -102,3 +103,31 @@ def variants(store: Store) -> str:
         "loop, and for loss-weighted members the closure."
     )
     return section("Other populations", text, *tables) if tables else ""
+
+
+def mends(store: Store) -> str:
+    """The library's population and what might mend it at a sigma that does harm, minus plain training."""
+    names = ["unchanged", *(f"{PREFIX}{name}" for name in sorted(MENDS))]
+    cells = [cell for cell in MENDED if records(store, cell, names[1], LARGE_SIGMA)]
+    tables = [
+        table(
+            [f"{NAMES[endpoint].split(',')[0]}, minus plain", *[name.removeprefix(PREFIX) for name in names]],
+            [
+                [
+                    cell,
+                    *[
+                        shown(
+                            list(differences(store, cell, n, endpoint=endpoint, sigma=LARGE_SIGMA).values()), endpoint
+                        )
+                        for n in names
+                    ],
+                ]
+                for cell in cells
+            ],
+        )
+        for endpoint in ("f1", "log_loss")
+    ]
+    text = (
+        f"The unchanged loop at sigma {LARGE_SIGMA:g}, and what is said to keep weights before BatchNorm from growing."
+    )
+    return section("BatchNorm and a larger sigma", text, *tables) if cells else ""

@@ -246,7 +246,7 @@ def _bent(axis: Any, direction: Literal["x", "y"], unit: str) -> None:
     getattr(axis, f"set_{direction}scale")("symlog", linthresh=bend)
     low, high = (1.3 * end if abs(end) > bend else end for end in getattr(axis, f"get_{direction}lim")())
     getattr(axis, f"set_{direction}lim")(low, high)
-    sizes = [bend * step for step in (0.5, 1, 2, 5, 10, 20, 50)]
+    sizes = [bend * step for step in (0.5, 1, 4, 16, 64)]
     ticks = [tick for tick in (*(-size for size in sizes), 0.0, *sizes) if low <= tick <= high]
     set_ticks = getattr(axis, f"set_{direction}ticks")
     set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])

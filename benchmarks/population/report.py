@@ -33,7 +33,7 @@ from population.effects import (
 from population.exact_report import exact_tables
 from population.inference import holm, overall
 from population.markdown import both_ends, section, shown, table
-from population.other_cells import domains, ladder, secondary, variants
+from population.other_cells import domains, ladder, mends, secondary, variants
 from population.tasks import CELLS, Store
 
 __all__ = ["ENDPOINTS", "differences", "report", "write"]
@@ -64,6 +64,7 @@ def report(store: Store) -> str:
         ladder(store),
         domains(store),
         variants(store),
+        mends(store),
         auto.report(store, auto.read(store.path.parent / auto.FILE)),
         exact_tables(store.path.parent),
     ]

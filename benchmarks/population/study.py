@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from population.arms import ARMS, DEFAULT_SIGMA, VARIANT_SIGMA
-from population.cells import CURVES, DOMAINS, LADDER, NORMALISED, PRIMARY, SECONDARY
+from population.arms import ARMS, DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA
+from population.cells import CURVES, DOMAINS, LADDER, MENDED, NORMALISED, PRIMARY, SECONDARY
 from population.published import FILE, load
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 from population.variants import CHANGES, MENDS, ONLY_NORMALISED
@@ -81,6 +81,12 @@ def variants(store: Store, cell: str, workers: int) -> None:
     run(store, [*ours, *(Task(cell, f"variant: {name}", seed) for seed in SEEDS for name in tried)], cell, workers)
 
 
+def mends(store: Store, cell: str, workers: int) -> None:
+    """What may let networks with batch normalisation bear a larger sigma."""
+    tasks = [Task(cell, f"variant: {name}", seed, sigma=LARGE_SIGMA) for seed in SEEDS for name in sorted(MENDS)]
+    run(store, tasks, f"{cell}: mends", workers)
+
+
 def rivals(store: Store, cell: str, workers: int) -> None:
     """What is tuned, and what has more passes or seconds."""
     run(store, tuning_tasks(cell, RIVALS), f"{cell}: settings", workers)
@@ -112,6 +118,7 @@ STAGES = {
     "unchanged": (unchanged, list(PRIMARY)),
     "normalised": (primary, list(NORMALISED)),
     "variants": (variants, [*CURVES, "mnist1d-1000 ResNet", *NORMALISED]),
+    "mends": (mends, MENDED),
     "rivals": (rivals, list(PRIMARY)),
     "closure": (closure, CURVES),
     "domains": (domains, list(DOMAINS)),
