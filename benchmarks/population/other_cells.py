@@ -107,23 +107,18 @@ def variants(store: Store) -> str:
 
 def mends(store: Store) -> str:
     """The library's population and what might mend it at a sigma that does harm, minus plain training."""
-    names = ["unchanged", *(f"{PREFIX}{name}" for name in sorted(MENDS))]
-    cells = [cell for cell in MENDED if records(store, cell, names[1], LARGE_SIGMA)]
+    kept = f"{PREFIX}norms kept"
+    arms = [("unchanged", LARGE_SIGMA), *((f"{PREFIX}{name}", LARGE_SIGMA) for name in sorted(MENDS)), (kept, 0.0)]
+    cells = [cell for cell in MENDED if records(store, cell, kept, LARGE_SIGMA)]
+
+    def minus_plain(cell: str, arm: str, sigma: float, endpoint: str) -> str:
+        return shown(list(differences(store, cell, arm, endpoint=endpoint, sigma=sigma).values()), endpoint)
+
+    names = [arm.removeprefix(PREFIX) + ("" if sigma else ", sigma 0") for arm, sigma in arms]
     tables = [
         table(
-            [f"{NAMES[endpoint].split(',')[0]}, minus plain", *[name.removeprefix(PREFIX) for name in names]],
-            [
-                [
-                    cell,
-                    *[
-                        shown(
-                            list(differences(store, cell, n, endpoint=endpoint, sigma=LARGE_SIGMA).values()), endpoint
-                        )
-                        for n in names
-                    ],
-                ]
-                for cell in cells
-            ],
+            [f"{NAMES[endpoint].split(',')[0]}, minus plain", *names],
+            [[cell, *[minus_plain(cell, *arm, endpoint) for arm in arms]] for cell in cells],
         )
         for endpoint in ("f1", "log_loss")
     ]

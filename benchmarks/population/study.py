@@ -84,7 +84,8 @@ def variants(store: Store, cell: str, workers: int) -> None:
 def mends(store: Store, cell: str, workers: int) -> None:
     """What may let networks with batch normalisation bear a larger sigma."""
     tasks = [Task(cell, f"variant: {name}", seed, sigma=LARGE_SIGMA) for seed in SEEDS for name in sorted(MENDS)]
-    run(store, tasks, f"{cell}: mends", workers)
+    control = [Task(cell, "variant: norms kept", seed, sigma=0.0) for seed in SEEDS]
+    run(store, [*tasks, *control], f"{cell}: mends", workers)
 
 
 def rivals(store: Store, cell: str, workers: int) -> None:
