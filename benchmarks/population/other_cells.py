@@ -123,6 +123,6 @@ def mends(store: Store) -> str:
         for endpoint in ("f1", "log_loss")
     ]
     text = (
-        f"The unchanged loop at sigma {LARGE_SIGMA:g}, and what is said to keep weights before BatchNorm from growing."
+        f"The unchanged loop at sigma {LARGE_SIGMA:g}, and what may keep weights before BatchNorm from growing."
     )
     return section("BatchNorm and a larger sigma", text, *tables) if cells else ""
