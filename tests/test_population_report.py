@@ -163,7 +163,13 @@ def test_costs_count_the_tuning_of_the_arm_and_of_its_rate(tmp_path: Path) -> No
 
 
 def test_records_are_exported_with_their_settings(store: Store, tmp_path: Path) -> None:
+    probes = store.path.parent / "population_auto.jsonl"
+    probes.write_text('{"version": 0, "probe": "of another version"}\n')
     report.write(store, tmp_path)
+    again = Store(tmp_path / "again" / "population.jsonl")
+    published.unpack(tmp_path, again)
+    assert set(Store(again.path).records) == set(store.records)
+    assert (again.path.parent / probes.name).read_text() == probes.read_text()
     table = pd.read_csv(tmp_path / published.FILE)
     assert len(table) == len(store.records)
     loaded = {Task(**record["task"]): record for record in published.load(tmp_path / published.FILE)}

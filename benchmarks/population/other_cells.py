@@ -122,7 +122,5 @@ def mends(store: Store) -> str:
         )
         for endpoint in ("f1", "log_loss")
     ]
-    text = (
-        f"The unchanged loop at sigma {LARGE_SIGMA:g}, and what may keep weights before BatchNorm from growing."
-    )
+    text = f"The unchanged loop at sigma {LARGE_SIGMA:g}, and what may keep weights before BatchNorm from growing."
     return section("BatchNorm and a larger sigma", text, *tables) if cells else ""

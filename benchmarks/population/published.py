@@ -1,8 +1,10 @@
-"""The records of the population study as they are published: one row of a compressed table for each training.
+"""The records of the population study as they are published, and what a run goes on from with ``--published``.
 
-``docs/population_study.csv.gz`` is for readers, and what a run goes on from with ``--published``.
+``docs/population_study.csv.gz`` has a row for every training; the probes of `population.auto` and the gradients of
+`population.exact_gradient` are compressed as they are.
 """
 
+import gzip
 import math
 from functools import cache, partial
 from pathlib import Path
@@ -13,9 +15,10 @@ import pandas as pd
 from population.arms import ARMS, VARIANTS
 from population.tasks import VERSION, Record, Store, Task
 
-__all__ = ["FILE", "load", "records_table", "save"]
+__all__ = ["FILE", "load", "records_table", "save", "unpack"]
 
 FILE = "population_study.csv.gz"
+OTHERS = ("population_auto.jsonl", "population_exact.jsonl")
 PARTS = ("train", "validation", "test")
 PLAIN = ("rate", "seconds", "steps")  # of a record, beside scores
 
@@ -55,9 +58,23 @@ def _rounded(value: object) -> object:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def save(store: Store, path: Path) -> None:
-    """Write the table; the same records make the same bytes."""
-    records_table(store).to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+def save(store: Store, folder: Path) -> None:
+    """Write them; the same records make the same bytes."""
+    records_table(store).to_csv(folder / FILE, index=False, compression={"method": "gzip", "mtime": 0})
+    for name in OTHERS:
+        if (store.path.parent / name).exists():
+            lines = sorted((store.path.parent / name).read_bytes().splitlines(keepends=True))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(b"".join(lines), mtime=0))
+
+
+def unpack(folder: Path, store: Store) -> None:
+    """Add those that the store lacks; the other files come beside it where there are none."""
+    for record in load(folder / FILE):
+        if Task(**record["task"]) not in store.records:
+            store.add(record)
+    for name in OTHERS:
+        if (folder / f"{name}.gz").exists() and not (store.path.parent / name).exists():
+            (store.path.parent / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
 
 
 def load(path: Path) -> list[Record]:

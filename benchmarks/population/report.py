@@ -1,6 +1,6 @@
 """Tables of the population study, from the records that there are, as Markdown.
 
-``python -m population.report`` writes them, the records as ``population_study.csv.gz`` and the figures:
+``python -m population.report`` writes them, the records (`population.published`) and the figures:
 ``docs/population_study_tables.md`` and ``docs/images/population_*.png``.
 """
 
@@ -227,7 +227,7 @@ def write(store: Store, docs: Path) -> None:
     from population import plots  # matplotlib only where there are pictures
 
     (docs / "population_study_tables.md").write_text(report(store))
-    published.save(store, docs / published.FILE)
+    published.save(store, docs)
     plots.save(store, docs / "images")
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from population.arms import ARMS, DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA
 from population.cells import CURVES, DOMAINS, LADDER, MENDED, NORMALISED, PRIMARY, SECONDARY
-from population.published import FILE, load
+from population.published import unpack
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 from population.variants import CHANGES, MENDS, ONLY_NORMALISED
 
@@ -25,7 +25,7 @@ DEFAULTS = ["plain", "closure", "unchanged", "sharded", "sharded, sigma 0"]
 TIMED = "plain, equal seconds"  # needs the times of others
 RIVALS = [name for name in ARMS if name not in {*CONTROLS, *DEFAULTS, TIMED}]
 SECONDARY_SEEDS = SEEDS[:6]
-PUBLISHED = Path(__file__).parents[2] / "docs" / FILE
+PUBLISHED = Path(__file__).parents[2] / "docs"
 
 
 def one_thread() -> None:
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", help="names of cells; all by default")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--published", action="store_true", help=f"go on from the records in {FILE}")
+    parser.add_argument("--published", action="store_true", help="go on from the records in docs")
     parser.add_argument("--quick", action="store_true", help="a smoke test of some seconds")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -154,9 +154,7 @@ def main() -> None:
         return
     store = Store(arguments.out / "population.jsonl")
     if arguments.published:
-        for record in load(PUBLISHED):
-            if Task(**record["task"]) not in store.records:
-                store.add(record)
+        unpack(PUBLISHED, store)
     for stage in arguments.stages:
         function, names = STAGES[stage]
         for name in names:
