@@ -22,7 +22,7 @@ __all__ = [
 MEMBERS = 4
 DEFAULT_SIGMA = 0.1
 VARIANT_SIGMA = 0.1
-LARGE_SIGMA = 0.2  # does harm to residual networks with batch normalisation
+LARGE_SIGMA = 0.2  # does harm to residual networks with batch normalisation in the unchanged loop
 RATES = (0.33, 1.0, 3.3, 10.0)  # factors on the cell's learning rate
 
 

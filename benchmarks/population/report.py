@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from population import auto, published
 from population.arms import ARMS
-from population.cells import CURVES, PRIMARY, SECONDARY
+from population.cells import PRIMARY, SECONDARY
 from population.costs import costs
 from population.effects import (
     ENDPOINTS,
@@ -57,7 +57,7 @@ def report(store: Store) -> str:
         *[_endpoint(store, endpoint) for endpoint in ENDPOINTS],
         costs(store),
         _settings(store),
-        _sigmas(store, "closure", CURVES),
+        _sigmas(store, "closure", list(PRIMARY)),
         _sigmas(store, "unchanged", list(PRIMARY)),
         _where(store),
         secondary(store),
