@@ -262,8 +262,7 @@ def _zero(axis: Any, endpoint: str) -> None:
     axis.axvline(0, color=BLACK, lw=0.8)
     side = "left" if "loss" in endpoint else "right"
     unit = ENDPOINTS[endpoint].rsplit(", ", 1)[1]
-    axis.set_xlabel(
-        f"{ENDPOINTS[endpoint]}, minus plain training\n({side} is better; logarithmic beyond {BENDS[unit]:g})"
-    )
+    bend = f"({side} is better; logarithmic beyond {BENDS[unit]:g})"
+    axis.set_xlabel(f"{ENDPOINTS[endpoint]},\nminus plain training\n{bend}")
     _bent(axis, "x", unit)
     axis.grid(axis="y", visible=False)
