@@ -10,7 +10,7 @@ import torch
 from population import inference, scores, study
 from population.arms import ARMS, prepared
 from population.cells import PRIMARY, SECONDARY, cells
-from population.data import split
+from population.data import REGRESSION, SOURCES, split
 from population.networks import make
 from population.tasks import TUNING_SEEDS, Store, Task, measure
 from population.training import train
@@ -36,8 +36,9 @@ def test_rows_of_a_seed_are_disjoint_and_labels_wrong_where_they_should_be() -> 
 
 def test_every_cell_makes_a_network_for_its_data() -> None:
     for cell in cells().values():
-        x = torch.rand(6, {"digits": 64, "mnist1d": 40}[cell.source])
-        assert make(cell.network, cell.source, cell.look, 0)(x).shape == (6, 10)
+        x, _ = SOURCES[cell.source]()
+        outputs = 1 if cell.source in REGRESSION else 10
+        assert make(cell.network, cell.source, cell.look, 0)(torch.tensor(x[:6])).shape == (6, outputs)
     assert len(PRIMARY) == 12
     assert len(SECONDARY) == 24
 

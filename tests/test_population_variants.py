@@ -145,12 +145,12 @@ def test_schedules(name: str, first: float, last: float) -> None:
             torch.testing.assert_close(watched.noises[step][1], ratio * constant.noises[step][1], rtol=1e-4, atol=1e-6)
 
 
-def test_loss_weighted_members() -> None:
+def test_loss_weighted_members(monkeypatch: pytest.MonkeyPatch) -> None:
     watched, even = Watched(CHANGES["loss-weighted members"], size=4), Watched(Change(), size=4)
     own = []
     for member in range(4):
         single = Watched(Change(), size=4)
-        single.members._weights = lambda _, member=member: [float(k == member) for k in range(4)]
+        monkeypatch.setattr(single.members, "_weights", lambda _, m=member: [float(k == m) for k in range(4)])
         single.gradients()
         own.append([parameter.grad for parameter in single.weights])
     watched.gradients()
@@ -159,6 +159,9 @@ def test_loss_weighted_members() -> None:
     weights = np.exp(-losses / losses.std())
     weights /= weights.sum()
     for index, weight in enumerate(watched.weights):
-        expected = sum(w * gradients[index] for w, gradients in zip(weights, own, strict=True))
+        parts = [w * gradients[index] for w, gradients in zip(weights, own, strict=True)]
+        expected = torch.stack(parts).sum(0)
         torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(even.weights[index].grad, expected, rtol=1e-4, atol=1e-6)
+        unweighted = even.weights[index].grad
+        assert unweighted is not None
+        assert not torch.allclose(unweighted, expected, rtol=1e-4, atol=1e-6)

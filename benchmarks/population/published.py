@@ -83,7 +83,9 @@ def load(path: Path) -> list[Record]:
 
 
 def _record(row: dict[Any, Any]) -> Record:
-    present = {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+    present: dict[str, Any] = {
+        str(name): value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))
+    }
     cell, name, seed = present["cell"], present["arm"], int(present["seed"])
     arm = {**ARMS, **VARIANTS}[name]
     setting = arm.values.index(present["setting"]) if "test_f1" not in present and "test_r2" not in present else None
@@ -91,7 +93,7 @@ def _record(row: dict[Any, Any]) -> Record:
     curve = arm.knob is None and sigma != arm.options.get("sigma", sigma)  # a point of a curve
     parts: Record = {part: {} for part in PARTS}
     for column, value in present.items():
-        part, _, score = str(column).partition("_")
+        part, _, score = column.partition("_")
         if part in parts:
             parts[part][score] = value
     return {
