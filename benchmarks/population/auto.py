@@ -27,7 +27,7 @@ from population.cells import PRIMARY, Cell
 from population.inference import effect
 from population.markdown import section, table
 from population.study import one_thread, run
-from population.tasks import SEEDS, Store, Task, tuning_tasks
+from population.tasks import SEEDS, Store, Task, read_lines, tuning_tasks
 
 __all__ = ["FILE", "choices", "fixed", "judged", "pairs", "probed", "read", "report"]
 
@@ -51,15 +51,8 @@ def fixed(cell: str, seed: int, sigma: float) -> Task:
 
 def read(path: Path) -> dict[Key, Record]:
     """The probes of a file; a torn last line is one that was not made."""
-    found: dict[Key, Record] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["version"] == VERSION:
-            found[record["cell"], record["seed"], record["probe"]] = record
-    return found
+    records = [record for record in read_lines(path) if record["version"] == VERSION]
+    return {(record["cell"], record["seed"], record["probe"]): record for record in records}
 
 
 def probed(name: str, cell: Cell, seed: int, probe: str) -> Record:

@@ -26,6 +26,7 @@ from population.arms import MEMBERS
 from population.cells import PRIMARY, Cell
 from population.data import Rows, split
 from population.networks import make
+from population.tasks import read_lines
 from population.training import NOISE, make_optimizer
 
 __all__ = ["CELLS", "FILE", "measure", "read", "run"]
@@ -152,13 +153,7 @@ def run(path: Path) -> None:
 
 def read(path: Path) -> list[Any]:
     """Records of whole trainings; a torn last line is a training that was not made."""
-    records: list[Any] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records += json.loads(line)
-        except json.JSONDecodeError:
-            continue
-    return records
+    return [record for records in read_lines(path) for record in records]
 
 
 def main() -> None:

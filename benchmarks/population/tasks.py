@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -14,7 +14,7 @@ from population.data import REGRESSION, split
 from population.scores import regression_scores, scores, temperature
 from population.training import logits, train
 
-__all__ = ["SEEDS", "TUNING_SEEDS", "Record", "Store", "Task", "measure", "tuning_tasks"]
+__all__ = ["SEEDS", "TUNING_SEEDS", "Record", "Store", "Task", "measure", "read_lines", "tuning_tasks"]
 
 VERSION = 1  # of the code that makes records; those of another do not count
 SEEDS = tuple(range(10))
@@ -46,17 +46,22 @@ class Task:
     sigma: float | None = None
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """Of a file of JSON lines, if there is one; a torn last line is one that was not made."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
 class Store:
     """Records in a file of JSON lines, one for each training; a torn last line is one that was not made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[Task, Record] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for record in read_lines(path):
             if record["version"] == VERSION:
                 self.records[Task(**record["task"])] = record
 
