@@ -233,6 +233,7 @@ def work(options: argparse.Namespace) -> None:
         write_json(options.out, result)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # past Python's end, where gloo's threads may still ask for the GIL and abort (pytorch issue 190489)
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------

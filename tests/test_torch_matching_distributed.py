@@ -3,8 +3,10 @@
 By hand and by DistributedDataParallel, which must not be told that the graph is static.
 """
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import sys, warnings
 import torch
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrun_cells import leave
 from gradwise.torch import GradientMatching, PopulationGradient
 
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -114,8 +117,7 @@ for how in ("module", "inside a module", "bound method", "function", "outputs", 
         refused.append((how, str(error)))
 result = {"one step": one_step, "trained": trained, "together": together, "population": population, "refused": refused}
 torch.save(result, f"{folder}/ddp-{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
+leave()
 """
 
 
@@ -133,8 +135,11 @@ def data() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
     torch.save(data(), path / "data.pt")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(path), str(rank)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(path), str(rank)], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]

@@ -1,5 +1,6 @@
 """Seeds of several processes: one for all that hold a model together, whatever torch was seeded with in each."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import distributed as dist, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torchrun_cells import leave
 from gradwise.torch import PopulationGradient
 
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -45,14 +47,16 @@ except ValueError as error:
     found["refused"] = str(error)
 found["largest"] = wrap(fully_shard(nn.Linear(4, 4)), seed=2**64 - 1).population.seed
 torch.save(found, f"{folder}/{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
+leave()
 """
 
 
 def test_processes_that_share_a_model_share_the_seed(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path), str(rank)], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]

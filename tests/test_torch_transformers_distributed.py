@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torchrun_cells import leave
 from transformers_cells import RecordingTrainer, Witness, arguments, gpt2, momentum, texts, weights_of
 from gradwise.torch import PopulationGradient
 from gradwise.torch.transformers import PopulationTrainerMixin
@@ -112,8 +113,7 @@ result = {
     "accelerated": accelerated(),
 }
 torch.save(result, f"{folder}/{rank}.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+leave()
 """
 
 

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch_ddp_cells import INPUTS, OUTPUTS, Branches, batch, mse, mse_of_both, regularised, small
+from torchrun_cells import leave
 
 from gradwise.torch import PopulationGradient
 
@@ -306,8 +307,7 @@ def main() -> None:
             "several wrappers": several_wrappers(),
         }
     torch.save(result, f"{FOLDER}/{RANK}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torchrun_cells import leave
 
 from gradwise._noise import noise_table
 from gradwise.torch import GradientEnhancedMLPRegressor, PopulationGradient
@@ -348,9 +349,7 @@ def main() -> None:
         training = Training(job, rank)
         training.run()
         torch.save({"mean": training.plain.state_dict(), "resumed": not first}, folder / f"torchrun-{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-        return
+        leave()
     # Once, before the forks.
     noise_table("gaussian")
     importlib.import_module("torch._dynamo")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrun_cells import leave
 
 from gradwise.torch import GradientMatching, PopulationGradient, jvp, teacher_jacobian, value_and_jacobian, vjp
 
@@ -398,8 +399,7 @@ def main(folder: str, rank: int, world: int, names: list[str]) -> None:
         results = CASES[case](Sharded(rank, world, mesh))
         if rank == 0:
             torch.save({key: value.cpu() for key, value in results.items()}, f"{folder}/{name}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

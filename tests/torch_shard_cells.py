@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch_cells import perturb_by_hand, put
+from torchrun_cells import leave
 
 from gradwise import Population
 from gradwise.torch import PopulationGradient
@@ -630,8 +631,7 @@ def main() -> None:
         name, _, checkpoint = case.partition(":")
         result[name] = checkpoints[name](here, checkpoint) if checkpoint else CASES[name](here)
     torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
