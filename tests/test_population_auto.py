@@ -186,6 +186,8 @@ def test_probes_at_another_learning_rate_are_refused(tmp_path: Path) -> None:
     store, probes = filled(tmp_path / "records.jsonl", rate=0.2)
     with pytest.raises(RuntimeError, match="another learning rate"):
         auto.pairs(store, probes)
+    rounded, probes = filled(tmp_path / "published.jsonl", rate=0.100001)  # nearer than five digits
+    assert len(auto.pairs(rounded, probes)) == 8
 
 
 def test_probes_of_a_short_training(tmp_path: Path) -> None:
