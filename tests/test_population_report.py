@@ -12,7 +12,7 @@ import pytest
 import torch
 from population import effects, exact_gradient, exact_report, inference, other_cells, plots, published, report
 from population.arms import ARMS, VARIANT_SIGMA, VARIANTS
-from population.cells import DOMAINS, PRIMARY, SECONDARY
+from population.cells import DEPTHS, DOMAINS, PRIMARY, SECONDARY
 from population.networks import make
 from population.tasks import CELLS, TUNING_SEEDS, Store, Task
 from scipy import stats
@@ -64,6 +64,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     tasks += [(Task(CELL, "plain", seed, setting), 40.0 + setting) for seed in TUNING_SEEDS for setting in range(4)]
     for sigma, shift in {0.05: 0.3, 0.4: -7.0}.items():
         tasks += [one for way in ("closure", "unchanged") for one in trainings(CELL, way, shift, sigma=sigma)]
+    tasks += [one for arm in ("plain", "closure") for one in trainings(next(iter(DEPTHS)), arm, FRAMES.get(arm, 0.0))]
+    tasks += trainings(next(iter(DEPTHS)), "closure", 0.4, sigma=0.05)
+    tasks += trainings(next(iter(DEPTHS)), "closure", 0.7, sigma=0.2)
     at = None if VARIANT_SIGMA == effects.DEFAULT_SIGMA else VARIANT_SIGMA
     tasks += trainings(CELL, "unchanged", 0.5, sigma=at) if at is not None else []
     tasks += trainings(CELL, "closure", 1.0, sigma=at) if at is not None else []
@@ -116,6 +119,12 @@ def test_tables_beside_the_main_grid(text: str) -> None:
     assert row(text, next(iter(SECONDARY)), "Secondary")[2].startswith("**+1.00")
     ladder = row(text, "ground + ReLU", "Beside widespread")
     assert [ladder[1][:7], ladder[2][:7], ladder[3]] == ["**+5.00", "**-4.00", "not shown"]
+    depths = [row(text, cell, "Networks of other depths") for cell in (CELL, next(iter(DEPTHS)))]
+    assert [one[1:4] for one in depths] == [["3", "71.5", "51.50"], ["5", "71.5", "51.50"]]
+    assert [[part.strip("*")[:5] for part in one[4:]] for one in depths] == [
+        ["+0.30", "+1.00", "", "-7.00"],
+        ["+0.40", "+1.00", "+0.70", ""],
+    ]
     domains = text.split("## Other domains", 1)[1]
     assert "| regression MLP, minus plain | R2, percent |" in domains
     assert row(domains, "closure")[1].startswith("**+1.00")

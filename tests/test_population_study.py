@@ -11,7 +11,7 @@ from population import inference, scores, study
 from population.arms import ARMS, prepared
 from population.cells import PRIMARY, SECONDARY, cells
 from population.data import REGRESSION, SOURCES, split
-from population.networks import make
+from population.networks import Look, make
 from population.tasks import TUNING_SEEDS, Store, Task, measure
 from population.training import train
 from scipy.special import log_softmax
@@ -41,6 +41,15 @@ def test_every_cell_makes_a_network_for_its_data() -> None:
         assert make(cell.network, cell.source, cell.look, 0)(torch.tensor(x[:6])).shape == (6, outputs)
     assert len(PRIMARY) == 12
     assert len(SECONDARY) == 24
+
+
+@pytest.mark.parametrize(("network", "more", "matrices"), [("MLP", 3, 3), ("CNN", 3, 3), ("transformer", -1, -4)])
+def test_layers_are_added(network: str, more: int, matrices: int) -> None:
+    few, many = (
+        sum(parameter.ndim >= 2 for parameter in make(network, "mnist1d", Look(more_layers=layers), 0).parameters())
+        for layers in (0, more)
+    )
+    assert many - few == matrices
 
 
 @pytest.mark.parametrize("way", ["closure, sigma 0", "unchanged, sigma 0"])

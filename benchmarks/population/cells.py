@@ -7,7 +7,19 @@ from typing import Any
 from population.data import REGRESSION
 from population.networks import Look
 
-__all__ = ["CURVES", "DOMAINS", "LADDER", "MENDED", "NORMALISED", "PRIMARY", "SECONDARY", "Cell", "Recipe", "cells"]
+__all__ = [
+    "CURVES",
+    "DEPTHS",
+    "DOMAINS",
+    "LADDER",
+    "MENDED",
+    "NORMALISED",
+    "PRIMARY",
+    "SECONDARY",
+    "Cell",
+    "Recipe",
+    "cells",
+]
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,15 @@ NORMALISED: dict[str, Cell] = {
     "mnist1d-1000 ResNet, constant rate": PRIMARY["mnist1d-1000 ResNet"].changed({"decay": "constant"}),
 }
 
+# What decides how much noise a network bears: its depth, its kind, or whether it over-fits?
+DEPTHS: dict[str, Cell] = {
+    "MLP, 4 hidden layers": PRIMARY["mnist1d-1000 MLP"].changed(look={"more_layers": 2}),
+    "MLP, 8 hidden layers": PRIMARY["mnist1d-1000 MLP"].changed(look={"more_layers": 6}),
+    "CNN, 6 convolutions": PRIMARY["mnist1d-1000 CNN"].changed(look={"more_layers": 3}),
+    "transformer, 60 epochs": PRIMARY["mnist1d-1000 transformer"].changed({"epochs": 60}),
+    "transformer, 1 layer, 60 epochs": PRIMARY["mnist1d-1000 transformer"].changed({"epochs": 60}, {"more_layers": -1}),
+}
+
 MENDED = ["mnist1d-1000 ResNet", "mnist1d-1000 wrong labels ResNet"]
 
 # From tanh, plain initialisation and SGD at a constant rate; each listed method alone, and all of them.
@@ -191,5 +212,6 @@ def cells() -> dict[str, Cell]:
         **SECONDARY,
         **DOMAINS,
         **NORMALISED,
+        **DEPTHS,
         **{f"ladder: {name}": cell for name, cell in LADDER.items()},
     }

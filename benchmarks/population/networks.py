@@ -32,6 +32,8 @@ class Look:
         Before the last layer.
     initial : {"torch", "xavier", "plain"}
         torch's own initialisation, Xavier's (Glorot), or normal numbers of standard deviation 0.1 whatever the layer.
+    more_layers : int
+        Of MLPs, CNNs (of the last kind) and transformers; below 0 for fewer, not of CNNs.
     """
 
     width: float = 1.0
@@ -39,6 +41,7 @@ class Look:
     batch_norm: bool = False
     dropout: float = 0.0
     initial: Literal["torch", "xavier", "plain"] = "torch"
+    more_layers: int = 0
 
     def act(self) -> nn.Module:
         """The activation, as a layer."""
@@ -58,7 +61,7 @@ def mlp(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """Two hidden layers."""
     hidden = look.units(128)
     layers: list[nn.Module] = []
-    for before, after in pairwise([torch.Size(shape).numel(), hidden, hidden]):
+    for before, after in pairwise([torch.Size(shape).numel(), *[hidden] * (2 + look.more_layers)]):
         norm: list[nn.Module] = [nn.BatchNorm1d(after)] if look.batch_norm else []
         layers += [nn.Linear(before, after), *norm, look.act()]
     return nn.Sequential(*layers, *look.last(hidden, outputs))
@@ -68,9 +71,9 @@ def cnn(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
     """Three convolutions, and a dense layer of all that is left."""
     axes = len(shape)
     layers: list[nn.Module] = [nn.Unflatten(1, (1, *shape))]
-    channels = (1, look.units(16), look.units(24), look.units(24))
-    for before, after in pairwise(channels):
-        layers.append(CONV[axes](before, after, 3, stride=2, padding=1))
+    channels = (1, look.units(16), look.units(24), look.units(24), *[look.units(24)] * look.more_layers)
+    for number, (before, after) in enumerate(pairwise(channels)):
+        layers.append(CONV[axes](before, after, 3, stride=2 if number < 3 else 1, padding=1))
         layers += [NORM[axes](after)] if look.batch_norm else []
         layers.append(look.act())
     left = torch.Size((size + 7) // 8 for size in shape).numel()
@@ -170,7 +173,7 @@ def reader(shape: tuple[int, ...], outputs: int, look: Look) -> nn.Module:
 
 def _encoded(steps: int, width: int, outputs: int, look: Look) -> list[nn.Module]:
     layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=look.dropout, batch_first=True, norm_first=True)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(layer, 2 + look.more_layers, enable_nested_tensor=False)
     return [Places(steps, width), encoder, nn.LayerNorm(width), Mean(1), *look.last(width, outputs)]
 
 

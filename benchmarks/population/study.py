@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from population.arms import ARMS, DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA
-from population.cells import CURVES, DOMAINS, LADDER, MENDED, NORMALISED, PRIMARY, SECONDARY
+from population.cells import CURVES, DEPTHS, DOMAINS, LADDER, MENDED, NORMALISED, PRIMARY, SECONDARY
 from population.published import unpack
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 from population.variants import CHANGES, MENDS, ONLY_NORMALISED
@@ -73,6 +73,14 @@ def closure(store: Store, cell: str, workers: int) -> None:
     run(store, tasks, f"{cell}: sigma, closure", workers)
 
 
+def depth(store: Store, cell: str, workers: int) -> None:
+    """The closure over sigma in networks of other depths."""
+    run(store, tuning_tasks(cell, ["plain"]), f"{cell}: rate", workers)
+    tasks = [Task(cell, arm, seed) for seed in SECONDARY_SEEDS for arm in ("plain", "closure")]
+    tasks += [Task(cell, "closure", seed, sigma=sigma) for seed in SECONDARY_SEEDS for sigma in SIGMAS[:-1]]
+    run(store, tasks, f"{cell}: sigma", workers)
+
+
 def variants(store: Store, cell: str, workers: int) -> None:
     """Other populations, at one sigma, and the library's at that sigma; beside the six cells, those that mend."""
     sigma = None if VARIANT_SIGMA == DEFAULT_SIGMA else VARIANT_SIGMA
@@ -123,6 +131,7 @@ STAGES = {
     "mends": (mends, MENDED),
     "rivals": (rivals, list(PRIMARY)),
     "closure": (closure, list(PRIMARY)),
+    "depth": (depth, list(DEPTHS)),
     "domains": (domains, list(DOMAINS)),
     "ladder": (ladder, [f"ladder: {name}" for name in LADDER]),
     "secondary": (secondary, list(SECONDARY)),
