@@ -97,7 +97,7 @@ def test_primary_endpoint_and_arms(text: str) -> None:
     assert found[1] == "51.50"
     assert found[2] == f"**+1.00 (+{1 - half:.2f} to +{1 + half:.2f})**"
     assert row(text, "all, mixed model", "Primary")[2].startswith("**+1.00")
-    assert row(text, "SAM", "All arms")[1:3] == ["**-2.00 ± 0.00**", "0 / 12 of 12"]
+    assert row(text, "SAM", "All arms")[1:3] == ["**-2.00 ± 0.00**", "**-2.00 ± 0.06**"]
     assert row(text, "SAM", "The population against")[1] == "**+3.00 ± 0.00**"
     assert row(text, "mnist1d-1000 GRU", "Macro-F1, points: every arm")[2] == f"**+0.50 ± {half / 2:.2f}**"
     assert row(text, CELL, "Log-loss, nats: every arm")[1] == f"**-0.010 ± {half / 100:.3f}**"

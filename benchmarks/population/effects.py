@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+import pandas as pd
+
 from population.arms import DEFAULT_SIGMA
 from population.cells import PRIMARY
-from population.inference import Effect, effect
+from population.inference import Effect, effect, overall
 from population.tasks import SEEDS, Record, Store, Task
 
 __all__ = [
     "ENDPOINTS",
     "GROUPS",
     "clear_cells",
+    "curve",
     "differences",
+    "mixed",
     "over_cells",
     "overfitting",
     "records",
@@ -27,6 +31,7 @@ ENDPOINTS = {
     "calibration_error": "calibration error, points",
 }
 MARGIN = 0.3  # points of macro-F1: "as high or higher"
+NOTHING = Effect(float("nan"), float("nan"), float("nan"), float("nan"), 0)  # of fewer than two cells
 GROUPS: dict[str, list[str]] = {
     "the population, sigma 0.1, and its controls": [
         "closure",
@@ -89,8 +94,23 @@ def over_cells(store: Store, arm: str, *, to: str = "plain", endpoint: str = "f1
     found = {cell: list(differences(store, cell, arm, to=to, endpoint=endpoint).values()) for cell in PRIMARY}
     effects = {cell: effect(values) for cell, values in found.items() if len(values) > 1}
     means = [one.mean for one in effects.values()]
-    nothing = Effect(float("nan"), float("nan"), float("nan"), float("nan"), len(means))
-    return effects, effect(means) if len(means) > 1 else nothing
+    return effects, effect(means) if len(means) > 1 else NOTHING
+
+
+def mixed(store: Store, arm: str, *, to: str = "plain", endpoint: str = "f1") -> Effect:
+    """The effect over the same cells in the mixed model; networks on the same rows share their split."""
+    rows = [
+        {
+            "difference": value,
+            "cell": name,
+            "data": f"{cell.source}-{cell.rows}-{cell.wrong_labels}",
+            "network": cell.network,
+            "split": f"{cell.source}-{cell.rows}-{seed}",
+        }
+        for name, cell in PRIMARY.items()
+        for seed, value in differences(store, name, arm, to=to, endpoint=endpoint).items()
+    ]
+    return overall(pd.DataFrame(rows)) if len({row["cell"] for row in rows}) > 1 else NOTHING
 
 
 def score(store: Store, cell: str, arm: str = "plain", endpoint: str = "f1", part: str = "test") -> float:
