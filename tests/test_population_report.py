@@ -119,9 +119,9 @@ def test_tables_beside_the_main_grid(text: str) -> None:
     assert row(text, next(iter(SECONDARY)), "Secondary")[2].startswith("**+1.00")
     ladder = row(text, "ground + ReLU", "Beside widespread")
     assert [ladder[1][:7], ladder[2][:7], ladder[3]] == ["**+5.00", "**-4.00", "not shown"]
-    depths = [row(text, cell, "Networks of other depths") for cell in (CELL, next(iter(DEPTHS)))]
-    assert [one[1:4] for one in depths] == [["3", "71.5", "51.50"], ["5", "71.5", "51.50"]]
-    assert [[part.strip("*")[:5] for part in one[4:]] for one in depths] == [
+    depths = [row(text, cell, "Depth and length") for cell in (CELL, next(iter(DEPTHS)))]
+    assert [one[1:5] for one in depths] == [["3", "50", "71.5", "51.50"], ["5", "50", "71.5", "51.50"]]
+    assert [[part.strip("*")[:5] for part in one[5:]] for one in depths] == [
         ["+0.30", "+1.00", "", "-7.00"],
         ["+0.40", "+1.00", "+0.70", ""],
     ]

@@ -12,6 +12,7 @@ __all__ = [
     "DEPTHS",
     "DOMAINS",
     "LADDER",
+    "LENGTHS",
     "MENDED",
     "NORMALISED",
     "PRIMARY",
@@ -173,13 +174,20 @@ NORMALISED: dict[str, Cell] = {
     "mnist1d-1000 ResNet, constant rate": PRIMARY["mnist1d-1000 ResNet"].changed({"decay": "constant"}),
 }
 
-# What decides how much noise a network bears: its depth, its kind, or whether it over-fits?
+# What decides how much noise a network bears: its kind, its depth, or whether it has been trained until it fits?
 DEPTHS: dict[str, Cell] = {
     "MLP, 4 hidden layers": PRIMARY["mnist1d-1000 MLP"].changed(look={"more_layers": 2}),
     "MLP, 8 hidden layers": PRIMARY["mnist1d-1000 MLP"].changed(look={"more_layers": 6}),
     "CNN, 6 convolutions": PRIMARY["mnist1d-1000 CNN"].changed(look={"more_layers": 3}),
-    "transformer, 60 epochs": PRIMARY["mnist1d-1000 transformer"].changed({"epochs": 60}),
     "transformer, 1 layer, 60 epochs": PRIMARY["mnist1d-1000 transformer"].changed({"epochs": 60}, {"more_layers": -1}),
+}
+LENGTHS: dict[str, Cell] = {
+    "transformer, 60 epochs": PRIMARY["mnist1d-1000 transformer"].changed({"epochs": 60}),
+    "ResNet, 60 epochs": PRIMARY["mnist1d-1000 ResNet"].changed({"epochs": 60}),
+    "wrong labels ResNet, 60 epochs": PRIMARY["mnist1d-1000 wrong labels ResNet"].changed({"epochs": 60}),
+    "CNN, 4,000 rows, 60 epochs": PRIMARY["mnist1d-4000 CNN"].changed({"epochs": 60}),
+    "CNN, 10 epochs": PRIMARY["mnist1d-1000 CNN"].changed({"epochs": 10}),
+    "MLP, 6 epochs": PRIMARY["mnist1d-1000 MLP"].changed({"epochs": 6}),
 }
 
 MENDED = ["mnist1d-1000 ResNet", "mnist1d-1000 wrong labels ResNet"]
@@ -213,5 +221,6 @@ def cells() -> dict[str, Cell]:
         **DOMAINS,
         **NORMALISED,
         **DEPTHS,
+        **LENGTHS,
         **{f"ladder: {name}": cell for name, cell in LADDER.items()},
     }

@@ -1,7 +1,7 @@
 """Tables of the population study beside its main grid: moved cells, the ladder, domains, other populations."""
 
 from population.arms import DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
-from population.cells import DEPTHS, DOMAINS, LADDER, MENDED, NORMALISED, SECONDARY, Cell
+from population.cells import DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, PRIMARY, SECONDARY, Cell
 from population.effects import ENDPOINTS, MARGIN, curve, differences, records, score
 from population.inference import effect, non_inferior
 from population.markdown import both_ends, section, shown, table
@@ -9,7 +9,7 @@ from population.networks import make
 from population.tasks import CELLS, Store
 from population.variants import MENDS
 
-__all__ = ["depths", "domains", "ladder", "mends", "secondary", "variants"]
+__all__ = ["depths_and_lengths", "domains", "ladder", "mends", "secondary", "variants"]
 
 PREFIX = "variant: "
 COLUMNS = 5  # of a table that is read at the width of a page
@@ -79,18 +79,21 @@ def domains(store: Store) -> str:
     return section("Other domains, and BatchNorm at a constant rate", *tables) if tables else ""
 
 
-def depths(store: Store) -> str:
-    """Networks of other depths, and those of the primary cells on the same data: the closure over sigma."""
-    if not any(records(store, name, "plain") for name in DEPTHS):
+def depths_and_lengths(store: Store) -> str:
+    """The closure over sigma where depth or length of the training are others, and in the primary cells beside them."""
+    moved = {**DEPTHS, **LENGTHS}
+    if not any(records(store, name, "plain") for name in moved):
         return ""
-    kinds = dict.fromkeys(cell.network for cell in DEPTHS.values())
-    cells = [name for kind in kinds for name in (f"mnist1d-1000 {kind}", *DEPTHS) if CELLS[name].network == kind]
+    near = [name for name in PRIMARY if name.startswith("mnist1d")]
+    kinds = dict.fromkeys(cell.network for cell in moved.values())
+    cells = [name for kind in kinds for name in (*near, *moved) if CELLS[name].network == kind]
     curves = {name: found for name in cells if len(found := curve(store, name, "closure")) > 2}
     sigmas = sorted({sigma for found in curves.values() for sigma in found if 0 < sigma < 0.5})
     rows = [
         [
             name,
             str(_matrices(CELLS[name])),
+            str(CELLS[name].recipe.epochs),
             f"{score(store, name, endpoint='accuracy', part='train'):.1f}",
             f"{score(store, name):.2f}",
             *[shown(found.get(sigma), "f1") for sigma in sigmas],
@@ -100,15 +103,16 @@ def depths(store: Store) -> str:
     header = [
         "closure, macro-F1",
         "matrices",
+        "epochs",
         "plain, training accuracy",
         "plain, F1",
         *[f"sigma {s:g}" for s in sigmas],
     ]
     text = (
-        "MNIST-1D with 1,000 rows; six seeds in cells that are not primary ones. Matrices: weight tensors of two axes "
-        "or more. Macro-F1 minus that of plain training."
+        "Macro-F1 minus that of plain training; six seeds in cells that are not primary ones, whose learning rate was "
+        "tuned as theirs was. Matrices: weight tensors of two axes or more."
     )
-    return section("Networks of other depths", text, table(header, rows))
+    return section("Depth and length of the training", text, table(header, rows))
 
 
 def _matrices(cell: Cell) -> int:

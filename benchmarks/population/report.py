@@ -33,7 +33,7 @@ from population.effects import (
 from population.exact_report import exact_tables
 from population.inference import holm
 from population.markdown import both_ends, section, shown, table
-from population.other_cells import depths, domains, ladder, mends, secondary, variants
+from population.other_cells import depths_and_lengths, domains, ladder, mends, secondary, variants
 from population.tasks import CELLS, Store
 
 __all__ = ["ENDPOINTS", "differences", "report", "write"]
@@ -59,7 +59,7 @@ def report(store: Store) -> str:
         _settings(store),
         _sigmas(store, "closure", list(PRIMARY)),
         _sigmas(store, "unchanged", list(PRIMARY)),
-        depths(store),
+        depths_and_lengths(store),
         _where(store),
         secondary(store),
         ladder(store),

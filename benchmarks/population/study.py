@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from population.arms import ARMS, DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA
-from population.cells import CURVES, DEPTHS, DOMAINS, LADDER, MENDED, NORMALISED, PRIMARY, SECONDARY
+from population.cells import CURVES, DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, PRIMARY, SECONDARY
 from population.published import unpack
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 from population.variants import CHANGES, MENDS, ONLY_NORMALISED
@@ -73,8 +73,8 @@ def closure(store: Store, cell: str, workers: int) -> None:
     run(store, tasks, f"{cell}: sigma, closure", workers)
 
 
-def depth(store: Store, cell: str, workers: int) -> None:
-    """The closure over sigma in networks of other depths."""
+def moved(store: Store, cell: str, workers: int) -> None:
+    """The closure over sigma where depth or length of the training are others."""
     run(store, tuning_tasks(cell, ["plain"]), f"{cell}: rate", workers)
     tasks = [Task(cell, arm, seed) for seed in SECONDARY_SEEDS for arm in ("plain", "closure")]
     tasks += [Task(cell, "closure", seed, sigma=sigma) for seed in SECONDARY_SEEDS for sigma in SIGMAS[:-1]]
@@ -131,7 +131,8 @@ STAGES = {
     "mends": (mends, MENDED),
     "rivals": (rivals, list(PRIMARY)),
     "closure": (closure, list(PRIMARY)),
-    "depth": (depth, list(DEPTHS)),
+    "depths": (moved, list(DEPTHS)),
+    "lengths": (moved, list(LENGTHS)),
     "domains": (domains, list(DOMAINS)),
     "ladder": (ladder, [f"ladder: {name}" for name in LADDER]),
     "secondary": (secondary, list(SECONDARY)),
