@@ -15,6 +15,7 @@ __all__ = [
     "LENGTHS",
     "MENDED",
     "NORMALISED",
+    "OVERFITTED",
     "PRIMARY",
     "SECONDARY",
     "Cell",
@@ -189,6 +190,7 @@ LENGTHS: dict[str, Cell] = {
     "CNN, 10 epochs": PRIMARY["mnist1d-1000 CNN"].changed({"epochs": 10}),
     "MLP, 6 epochs": PRIMARY["mnist1d-1000 MLP"].changed({"epochs": 6}),
 }
+OVERFITTED = ["wrong labels ResNet, 60 epochs", "transformer, 60 epochs"]
 
 MENDED = ["mnist1d-1000 ResNet", "mnist1d-1000 wrong labels ResNet"]
 

@@ -1,7 +1,7 @@
 """Tables of the population study beside its main grid: moved cells, the ladder, domains, other populations."""
 
 from population.arms import DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
-from population.cells import DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, PRIMARY, SECONDARY, Cell
+from population.cells import DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, OVERFITTED, PRIMARY, SECONDARY, Cell
 from population.effects import ENDPOINTS, MARGIN, curve, differences, records, score
 from population.inference import effect, non_inferior
 from population.markdown import both_ends, section, shown, table
@@ -64,7 +64,7 @@ def ladder(store: Store) -> str:
 def domains(store: Store) -> str:
     """What every arm gains, by cell."""
     tables: list[str] = []
-    for cell in [name for name in (*DOMAINS, *NORMALISED) if records(store, name, "plain")]:
+    for cell in [name for name in (*DOMAINS, *NORMALISED, *OVERFITTED) if records(store, name, "plain")]:
         scored = next(iter(records(store, cell, "plain").values()))["test"]
         endpoints = [name for name in ("r2", "mse", "f1", "log_loss", "scaled_log_loss") if name in scored]
         rows = [["plain, its scores", *[f"{score(store, cell, endpoint=name):.4g}" for name in endpoints]]]
@@ -76,7 +76,9 @@ def domains(store: Store) -> str:
             name = arm if sigma is None else f"{arm}, sigma {sigma:g}"
             rows.append([name, *[shown(values, name) for values, name in zip(found, endpoints, strict=True)]])
         tables.append(table([f"{cell}, minus plain", *[NAMES[name] for name in endpoints]], rows))
-    return section("Other domains, and BatchNorm at a constant rate", *tables) if tables else ""
+    return (
+        section("Other domains, BatchNorm at a constant rate, and trainings that over-fit", *tables) if tables else ""
+    )
 
 
 def depths_and_lengths(store: Store) -> str:

@@ -13,7 +13,18 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from population.arms import ARMS, DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA
-from population.cells import CURVES, DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, PRIMARY, SECONDARY
+from population.cells import (
+    CURVES,
+    DEPTHS,
+    DOMAINS,
+    LADDER,
+    LENGTHS,
+    MENDED,
+    NORMALISED,
+    OVERFITTED,
+    PRIMARY,
+    SECONDARY,
+)
 from population.published import unpack
 from population.tasks import CELLS, SEEDS, Store, Task, measure, tuning_tasks
 from population.variants import CHANGES, MENDS, ONLY_NORMALISED
@@ -25,6 +36,7 @@ DEFAULTS = ["plain", "closure", "unchanged", "sharded", "sharded, sigma 0"]
 TIMED = "plain, equal seconds"  # needs the times of others
 RIVALS = [name for name in ARMS if name not in {*CONTROLS, *DEFAULTS, TIMED}]
 SECONDARY_SEEDS = SEEDS[:6]
+REGULARIZED = ["label smoothing", "weight decay", "SAM", "closure, sigma tuned"]
 PUBLISHED = Path(__file__).parents[2] / "docs"
 
 
@@ -81,6 +93,12 @@ def moved(store: Store, cell: str, workers: int) -> None:
     run(store, tasks, f"{cell}: sigma", workers)
 
 
+def overfitted(store: Store, cell: str, workers: int) -> None:
+    """Sigma tuned and three of the rivals where a longer training over-fits."""
+    run(store, tuning_tasks(cell, REGULARIZED), f"{cell}: settings", workers)
+    run(store, [Task(cell, arm, seed) for seed in SECONDARY_SEEDS for arm in REGULARIZED], f"{cell}: rivals", workers)
+
+
 def variants(store: Store, cell: str, workers: int) -> None:
     """Other populations, at one sigma, and the library's at that sigma; beside the six cells, those that mend."""
     sigma = None if VARIANT_SIGMA == DEFAULT_SIGMA else VARIANT_SIGMA
@@ -133,6 +151,7 @@ STAGES = {
     "closure": (closure, list(PRIMARY)),
     "depths": (moved, list(DEPTHS)),
     "lengths": (moved, list(LENGTHS)),
+    "over-fitted": (overfitted, OVERFITTED),
     "domains": (domains, list(DOMAINS)),
     "ladder": (ladder, [f"ladder: {name}" for name in LADDER]),
     "secondary": (secondary, list(SECONDARY)),
