@@ -65,6 +65,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     for sigma, shift in {0.05: 0.3, 0.4: -7.0}.items():
         tasks += [one for way in ("closure", "unchanged") for one in trainings(CELL, way, shift, sigma=sigma)]
     tasks += [one for arm in ("plain", "closure") for one in trainings(next(iter(DEPTHS)), arm, FRAMES.get(arm, 0.0))]
+    longer = "transformer, 60 epochs"
+    tasks += [one for arm in ("plain", "closure") for one in trainings(longer, arm, 4 * FRAMES.get(arm, 0.0))]
+    tasks += trainings(longer, "closure", 9.0, sigma=0.2) + trainings(
+        "mnist1d-1000 transformer", "closure", 2.0, sigma=0.2
+    )
     tasks += trainings(next(iter(DEPTHS)), "closure", 0.4, sigma=0.05)
     tasks += trainings(next(iter(DEPTHS)), "closure", 0.7, sigma=0.2)
     at = None if VARIANT_SIGMA == effects.DEFAULT_SIGMA else VARIANT_SIGMA
@@ -125,6 +130,8 @@ def test_tables_beside_the_main_grid(text: str) -> None:
         ["+0.30", "+1.00", "", "-7.00"],
         ["+0.40", "+1.00", "+0.70", ""],
     ]
+    change = row(text, "transformer, 60 epochs, minus 15 epochs")[1:]
+    assert [one[:7] for one in change] == ["**+3.00", "**+7.00"]
     domains = text.split("## Other domains", 1)[1]
     assert "| regression MLP, minus plain | R2, percent |" in domains
     assert row(domains, "closure")[1].startswith("**+1.00")

@@ -11,7 +11,7 @@ DIGITS = {"log_loss": 3, "scaled_log_loss": 3, "mse": 4, "cosine": 3}  # of an e
 
 def section(title: str, *parts: str) -> str:
     """A heading and what is below it."""
-    return "\n\n".join([f"## {title}", *parts])
+    return "\n\n".join([f"## {title}", *filter(None, parts)])
 
 
 def shown(found: Effect | Sequence[float] | None, endpoint: str = "f1") -> str:

@@ -1,5 +1,7 @@
 """Tables of the population study beside its main grid: moved cells, the ladder, domains, other populations."""
 
+from statistics import fmean
+
 from population.arms import DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
 from population.cells import DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, OVERFITTED, PRIMARY, SECONDARY, Cell
 from population.effects import ENDPOINTS, MARGIN, curve, differences, records, score
@@ -114,7 +116,26 @@ def depths_and_lengths(store: Store) -> str:
         "Macro-F1 minus that of plain training; six seeds in cells that are not primary ones, whose learning rate was "
         "tuned as theirs was. Matrices: weight tensors of two axes or more."
     )
-    return section("Depth and length of the training", text, table(header, rows))
+    return section("Depth and length of the training", text, table(header, rows), _longer(store))
+
+
+def _longer(store: Store) -> str:
+    """How much more the population does in the longer of two trainings that differ in nothing else."""
+    found: dict[str, list[list[float]]] = {}
+    for name, cell in LENGTHS.items():
+        other = next(one for one, near in PRIMARY.items() if near.changed({"epochs": cell.recipe.epochs}) == cell)
+        short, long = sorted((name, other), key=lambda one: CELLS[one].recipe.epochs)
+        changes: list[list[float]] = []
+        for sigma in (None, LARGE_SIGMA):
+            before, after = (differences(store, one, "closure", sigma=sigma) for one in (short, long))
+            changes.append([after[seed] - before[seed] for seed in after if seed in before])
+        if any(changes):
+            found[f"{long}, minus {CELLS[short].recipe.epochs} epochs"] = changes
+    rows = [[name, *[shown(change) for change in changes]] for name, changes in found.items()]
+    means = [[fmean(change) for change in changes if change] for changes in zip(*found.values(), strict=True)]
+    rows.append(["mean", *[shown(values) for values in means]])
+    header = ["effect in the longer minus that in the shorter training", "default", f"sigma {LARGE_SIGMA:g}"]
+    return table(header, rows) if found else ""
 
 
 def _matrices(cell: Cell) -> int:
