@@ -212,6 +212,18 @@ def test_figures_show_the_effects(store: Store) -> None:
     plots.plt.close(figure)
 
 
+def test_lengths_of_a_training_are_drawn_in_pairs(store: Store) -> None:
+    figure = plots.draw_lengths(store)
+    assert figure is not None
+    axis = figure.axes[0]
+    assert axis.get_title() == "mnist1d-1000 transformer"
+    shown = {
+        container.get_label(): [round(float(y), 9) for y in container[0].get_ydata()] for container in axis.containers
+    }
+    assert shown == {"15 epochs": [1.0, 2.0], "60 epochs": [4.0, 9.0]}
+    plots.plt.close(figure)
+
+
 def test_mixed_model_without_effects_of_groups_is_students() -> None:
     rng = np.random.default_rng(0)
     cells = np.repeat(np.arange(6), 5)

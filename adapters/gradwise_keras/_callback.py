@@ -36,8 +36,8 @@ class PopulationCallback(keras.callbacks.Callback):
         Members per step. Even when `antithetic`.
     sigma : float or callable, default 0.1
         Size of the noise, in units of `scale`. A callable receives the optimizer's step as a scalar tensor, as a
-        `keras.optimizers.schedules.LearningRateSchedule` does, inside the compiled step. Networks without
-        normalisation that over-fit gain more at 0.2, some at 0.4; transformers bear no more than 0.1
+        `keras.optimizers.schedules.LearningRateSchedule` does, inside the compiled step. Trainings that go on until
+        the network over-fits gain more at 0.2; those that end before bear no more than 0.1
         (``docs/population-study.md``).
     sharded : bool, default False
         Every member sees its own part of the batch instead of all of it; members are then independent draws.

@@ -59,8 +59,8 @@ class PopulationGradient(BatchOptimizer):
         Members per ``step(closure)``. Ignored by the unchanged loop.
     sigma : float or callable of int
         Size of the noise relative to `scale`, or a schedule of it over steps. The default changes little and does
-        little harm. With a closure, networks without normalisation that over-fit gain more at 0.2, some at 0.4;
-        transformers and the unchanged loop bear no more than 0.1 (``docs/population-study.md``).
+        little harm. With a closure, trainings that go on until the network over-fits gain more at 0.2; trainings that
+        end before, and the unchanged loop, bear no more than 0.1 (``docs/population-study.md``).
     scale : {"rms", "filter", "absolute"}
         Noise relative to the root mean square of each tensor, of each slice along its first axis, or in weight units.
     noise : {"gaussian", "rademacher"}

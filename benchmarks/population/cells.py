@@ -16,6 +16,7 @@ __all__ = [
     "MENDED",
     "NORMALISED",
     "OVERFITTED",
+    "PAIRS",
     "PRIMARY",
     "SECONDARY",
     "Cell",
@@ -190,6 +191,13 @@ LENGTHS: dict[str, Cell] = {
     "CNN, 10 epochs": PRIMARY["mnist1d-1000 CNN"].changed({"epochs": 10}),
     "MLP, 6 epochs": PRIMARY["mnist1d-1000 MLP"].changed({"epochs": 6}),
 }
+# The shorter and the longer of two trainings that differ in nothing else.
+PAIRS: list[tuple[str, str]] = [
+    (name, other) if cell.recipe.epochs < near.recipe.epochs else (other, name)
+    for name, cell in LENGTHS.items()
+    for other, near in PRIMARY.items()
+    if near.changed({"epochs": cell.recipe.epochs}) == cell
+]
 OVERFITTED = ["wrong labels ResNet, 60 epochs", "transformer, 60 epochs"]
 
 MENDED = ["mnist1d-1000 ResNet", "mnist1d-1000 wrong labels ResNet"]

@@ -3,7 +3,19 @@
 from statistics import fmean
 
 from population.arms import DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
-from population.cells import DEPTHS, DOMAINS, LADDER, LENGTHS, MENDED, NORMALISED, OVERFITTED, PRIMARY, SECONDARY, Cell
+from population.cells import (
+    DEPTHS,
+    DOMAINS,
+    LADDER,
+    LENGTHS,
+    MENDED,
+    NORMALISED,
+    OVERFITTED,
+    PAIRS,
+    PRIMARY,
+    SECONDARY,
+    Cell,
+)
 from population.effects import ENDPOINTS, MARGIN, curve, differences, records, score
 from population.inference import effect, non_inferior
 from population.markdown import both_ends, section, shown, table
@@ -122,9 +134,7 @@ def depths_and_lengths(store: Store) -> str:
 def _longer(store: Store) -> str:
     """How much more the population does in the longer of two trainings that differ in nothing else."""
     found: dict[str, list[list[float]]] = {}
-    for name, cell in LENGTHS.items():
-        other = next(one for one, near in PRIMARY.items() if near.changed({"epochs": cell.recipe.epochs}) == cell)
-        short, long = sorted((name, other), key=lambda one: CELLS[one].recipe.epochs)
+    for short, long in PAIRS:
         changes: list[list[float]] = []
         for sigma in (None, LARGE_SIGMA):
             before, after = (differences(store, one, "closure", sigma=sigma) for one in (short, long))

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 
 from population.arms import MEMBERS
-from population.cells import PRIMARY, SECONDARY
+from population.cells import PAIRS, PRIMARY, SECONDARY
 from population.effects import DEFAULT_SIGMA, ENDPOINTS, GROUPS, curve, differences, over_cells, overfitting
 from population.exact_report import LARGER, exact_records
 from population.inference import Effect, effect
@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-__all__ = ["draw_arms", "draw_effects", "draw_exact", "draw_sigma", "draw_where", "save"]
+__all__ = ["draw_arms", "draw_effects", "draw_exact", "draw_lengths", "draw_sigma", "draw_where", "save"]
 
 BLUE, ORANGE, GREEN, SKY, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999", "#000000"
 WAYS = {"closure": BLUE, "unchanged": ORANGE, "sharded": GREEN}
@@ -46,6 +46,7 @@ def save(store: Store, folder: Path) -> list[Path]:
         "effects": draw_effects,
         "arms": draw_arms,
         "sigma": draw_sigma,
+        "lengths": draw_lengths,
         "where": draw_where,
         "exact": draw_exact,
     }
@@ -141,6 +142,36 @@ def draw_sigma(store: Store) -> Figure | None:
         axis.tick_params(labelsize=8, labelbottom=True)
     handles = [_handle(WAYS[way], NAMES[way]) for way in ("closure", "unchanged")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    _bent(axes[0][0], "y", "points")
+    for axis in axes[-1]:
+        axis.set_xlabel("sigma")
+    figure.supylabel("macro-F1, points, minus plain training (logarithmic beyond 1)", fontsize=9)
+    return figure
+
+
+def draw_lengths(store: Store) -> Figure | None:
+    """Effect of the closure over sigma, in the shorter and in the longer training."""
+    curves = {pair: [curve(store, cell, "closure") for cell in pair] for pair in PAIRS}
+    curves = {pair: found for pair, found in curves.items() if all(found)}
+    if not curves:
+        return None
+    sigmas = sorted({sigma for found in curves.values() for one in found for sigma in one if 0 < sigma < 0.5})
+    columns = min(3, len(curves))
+    lines = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(9.2, 0.8 + 2.1 * lines), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    for axis, ((short, long), found) in zip(axes.flat, curves.items(), strict=False):
+        for cell, one, colour, shift in zip((short, long), found, (SKY, BLUE), (-0.06, 0.06), strict=True):
+            kept = {sigma: effect for sigma, effect in one.items() if sigma in sigmas}
+            x = np.array([sigmas.index(sigma) for sigma in kept]) + shift
+            _line(axis, x, list(kept.values()), colour, label=f"{CELLS[cell].recipe.epochs} epochs")
+        axis.axhline(0, color=BLACK, lw=0.8)
+        axis.set_title(next(cell for cell in (short, long) if cell in PRIMARY))
+        axis.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
+        axis.legend(loc="lower left")
     _bent(axes[0][0], "y", "points")
     for axis in axes[-1]:
         axis.set_xlabel("sigma")
