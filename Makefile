@@ -21,7 +21,7 @@ help:
 	@echo "make bench-generative   a GAN with a teacher's gradients, and controls (a quarter of an hour; resumable)"
 	@echo "make bench-further   further training with a surrogate's derivatives; rates of check_derivatives (15 minutes)"
 	@echo "make bench-scaling   members under DDP and FSDP2 in 1, 2 and 4 processes: out/scaling.json (under ten minutes)"
-	@echo "make bench-population   where the population gradient helps: tables and figures in out (3 hours; resumable)"
+	@echo "make bench-population   where the population gradient helps: tables and figures in out (4 hours; resumable)"
 	@echo "make bench   all published measurements (long)"
 
 demo: .venv/.demo
