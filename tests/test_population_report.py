@@ -199,7 +199,7 @@ def test_records_are_exported_with_their_settings(store: Store, tmp_path: Path) 
     assert np.isnan(np.asarray(tuned[tuned["seed"] >= 100]["test_f1"])).all()
     assert set(table["rate"]) == {0.33333}
     assert {name.name for name in (tmp_path / "images").iterdir()} == {
-        f"population_{name}.png" for name in ("effects", "arms", "sigma", "where")
+        f"population_{name}.png" for name in ("effects", "arms", "sigma", "lengths", "where")
     }
 
 

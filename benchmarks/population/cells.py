@@ -191,7 +191,7 @@ LENGTHS: dict[str, Cell] = {
     "CNN, 10 epochs": PRIMARY["mnist1d-1000 CNN"].changed({"epochs": 10}),
     "MLP, 6 epochs": PRIMARY["mnist1d-1000 MLP"].changed({"epochs": 6}),
 }
-# The shorter and the longer of two trainings that differ in nothing else.
+# The shorter and the longer of two trainings that differ in nothing else (but the learning rate, if tuning says so).
 PAIRS: list[tuple[str, str]] = [
     (name, other) if cell.recipe.epochs < near.recipe.epochs else (other, name)
     for name, cell in LENGTHS.items()
