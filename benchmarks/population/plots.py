@@ -3,12 +3,13 @@
 Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+from numpy.typing import NDArray
 
 from population.arms import MEMBERS
 from population.cells import PAIRS, PRIMARY, SECONDARY
@@ -124,28 +125,14 @@ def draw_sigma(store: Store) -> Figure | None:
     if not cells:
         return None
     sigmas = sorted({sigma for found in curves.values() for sigma in found})
-    columns = min(4, len(cells))
-    lines = -(-len(cells) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(9.2, 0.7 + 1.9 * lines), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(cells) :]:
-        axis.set_visible(False)
-    for axis, cell in zip(axes.flat, cells, strict=False):
-        for way in ("closure", "unchanged"):
+    figure, axes = _panels(cells, sigmas, 4)
+    for axis, cell in zip(axes, cells, strict=True):
+        for way, shift in (("closure", -0.08), ("unchanged", 0.08)):
             found = curves.get((cell, way), {})
-            x = np.array([sigmas.index(sigma) for sigma in found]) + (0.08 if way == "unchanged" else -0.08)
-            _line(axis, x, list(found.values()), WAYS[way])
-        axis.axhline(0, color=BLACK, lw=0.8)
-        axis.set_title(cell.replace(" wrong labels", "\nwrong labels"))
-        axis.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
-        axis.tick_params(labelsize=8, labelbottom=True)
+            _line(axis, _places(found, sigmas, shift), list(found.values()), WAYS[way])
     handles = [_handle(WAYS[way], NAMES[way]) for way in ("closure", "unchanged")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    _bent(axes[0][0], "y", "points")
-    for axis in axes[-1]:
-        axis.set_xlabel("sigma")
-    figure.supylabel("macro-F1, points, minus plain training (logarithmic beyond 1)", fontsize=9)
+    _bent(axes[0], "y", "points")
     return figure
 
 
@@ -156,27 +143,39 @@ def draw_lengths(store: Store) -> Figure | None:
     if not curves:
         return None
     sigmas = sorted({sigma for found in curves.values() for one in found for sigma in one if 0 < sigma < 0.5})
-    columns = min(3, len(curves))
-    lines = -(-len(curves) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(9.2, 0.8 + 2.1 * lines), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(curves) :]:
-        axis.set_visible(False)
-    for axis, ((short, long), found) in zip(axes.flat, curves.items(), strict=False):
-        for cell, one, colour, shift in zip((short, long), found, (SKY, BLUE), (-0.06, 0.06), strict=True):
+    figure, axes = _panels([next(cell for cell in pair if cell in PRIMARY) for pair in curves], sigmas, 3)
+    for axis, (pair, found) in zip(axes, curves.items(), strict=True):
+        for cell, one, colour, shift in zip(pair, found, (SKY, BLUE), (-0.06, 0.06), strict=True):
             kept = {sigma: effect for sigma, effect in one.items() if sigma in sigmas}
-            x = np.array([sigmas.index(sigma) for sigma in kept]) + shift
-            _line(axis, x, list(kept.values()), colour, label=f"{CELLS[cell].recipe.epochs} epochs")
-        axis.axhline(0, color=BLACK, lw=0.8)
-        axis.set_title(next(cell for cell in (short, long) if cell in PRIMARY))
-        axis.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
+            label = f"{CELLS[cell].recipe.epochs} epochs"
+            _line(axis, _places(kept, sigmas, shift), list(kept.values()), colour, label=label)
         axis.legend(loc="lower left")
-    _bent(axes[0][0], "y", "points")
-    for axis in axes[-1]:
+    _bent(axes[0], "y", "points")
+    return figure
+
+
+def _panels(titles: Sequence[str], sigmas: Sequence[float], columns: int) -> tuple[Figure, list[Any]]:
+    """A panel for each title, of effects over sigma, with common axes."""
+    columns = min(columns, len(titles))
+    lines = -(-len(titles) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(9.2, 0.8 + 2 * lines), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in grid.flat[len(titles) :]:
+        axis.set_visible(False)
+    for axis, title in zip(grid.flat, titles, strict=False):
+        axis.axhline(0, color=BLACK, lw=0.8)
+        axis.set_title(title.replace(" wrong labels", "\nwrong labels"))
+        axis.set_xticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
+        axis.tick_params(labelsize=8, labelbottom=True)
+    for axis in grid[-1]:
         axis.set_xlabel("sigma")
     figure.supylabel("macro-F1, points, minus plain training (logarithmic beyond 1)", fontsize=9)
-    return figure
+    return figure, list(grid.flat)[: len(titles)]
+
+
+def _places(found: Iterable[float], sigmas: Sequence[float], shift: float) -> NDArray[np.float64]:
+    return np.array([sigmas.index(sigma) for sigma in found]) + shift
 
 
 def draw_where(store: Store) -> Figure | None:
