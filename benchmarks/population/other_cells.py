@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from population.arms import DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
+from population.arms import ARMS, DEFAULT_SIGMA, LARGE_SIGMA, VARIANT_SIGMA, VARIANTS
 from population.cells import (
     DEPTHS,
     DOMAINS,
@@ -82,10 +82,9 @@ def domains(store: Store) -> str:
         scored = next(iter(records(store, cell, "plain").values()))["test"]
         endpoints = [name for name in ("r2", "mse", "f1", "log_loss", "scaled_log_loss") if name in scored]
         rows = [["plain, its scores", *[f"{score(store, cell, endpoint=name):.4g}" for name in endpoints]]]
-        arms = dict.fromkeys((task.arm, task.sigma) for task in store.records if task.cell == cell)
-        for arm, sigma in arms:
-            if arm == "plain" or arm.startswith(PREFIX):
-                continue
+        tried = {(task.arm, task.sigma) for task in store.records if task.cell == cell}
+        known = [one for one in tried if one[0] in ARMS and one[0] != "plain"]
+        for arm, sigma in sorted(known, key=lambda one: (list(ARMS).index(one[0]), one[1] or 0.0)):
             found = [list(differences(store, cell, arm, endpoint=name, sigma=sigma).values()) for name in endpoints]
             name = arm if sigma is None else f"{arm}, sigma {sigma:g}"
             rows.append([name, *[shown(values, name) for values, name in zip(found, endpoints, strict=True)]])
